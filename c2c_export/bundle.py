@@ -1,0 +1,213 @@
+"""The bundle: one relocatable, hash-locked folder that holds all that the runtime needs.
+
+    manifest.json            `Manifest`: models, layer maps, gates, graphs, engines, and the sha256 of every file
+    graphs/                  portable ONNX graphs: receiver.onnx, sharer<k>.onnx, fuser<k>.onnx, each with its .data file
+    tokenizers/receiver/     see `c2c_export.tokenizer`; tokenizers/sharer<k>/ likewise
+    alignment/sharer<k>.npy  int32 [receiver_vocab]: the sharer's token id for every receiver token id (aligned pairs)
+    engines/<target>-<precision>[-<arch>]/
+
+Dimension legend, used throughout the project: B batch, S new tokens, C capacity in rows, H key/value heads, D head
+size, V vocabulary, N fused tokens. Nothing here imports torch or transformers.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from c2c_export.errors import BundleError
+
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+FusionMode = Literal["parallel", "sequential"]
+AlignmentStrategy = Literal["first", "longest"]
+
+
+class Record(BaseModel):
+    """A part of the manifest: immutable, and an unknown field is an error rather than ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TensorSpec(Record):
+    """Name, numpy dtype name and shape of a graph's input or output; a dynamic dimension is its name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+class GraphRecord(Record):
+    """A portable graph: where it lies in the bundle, its inputs and outputs, and what the passes did to it."""
+
+    path: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    num_nodes: int
+    num_bytes: int
+    """Size of the graph with its weights."""
+    passes: dict[str, int]
+    """How often each pass applied, by name."""
+
+
+class ModelRecord(Record):
+    """One of the two (or more) language models, as it was exported."""
+
+    source: str
+    """The folder, file or hub id that was given."""
+    architecture: str
+    num_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    sliding_window: int | None
+    """Window in positions of the layers that have one; None when every layer attends to everything."""
+    max_position_embeddings: int
+    chat_template: str
+    """Where the chat template came from, for a reader of `inspect`."""
+    sources: dict[str, str]
+    """sha256 of every source file, by file name."""
+
+
+class LayerLink(Record):
+    """Which sharer layer feeds a receiver layer, through which projector, and whether its K and V gates are open."""
+
+    receiver_layer: int
+    sharer_layer: int
+    projector: int
+    key_gate_open: bool
+    value_gate_open: bool
+
+
+class SharerRecord(Record):
+    """A sharer with its fuser."""
+
+    model: ModelRecord
+    fuser_source: str
+    fuser_sources: dict[str, str]
+    """sha256 of every fuser file, by path inside the checkpoint."""
+    alignment_strategy: AlignmentStrategy | None
+    """None for an unaligned pair: the sharer reads the receiver's own ids."""
+    links: tuple[LayerLink, ...]
+    sharer_graph: GraphRecord | None
+    """None when every gate of the fuser is closed: there is nothing to compute."""
+    fuser_graph: GraphRecord | None
+
+
+class EngineRecord(Record):
+    """A built engine: the files it runs for each graph (`receiver`, `sharer0`, `fuser0`, …) and how its check went."""
+
+    target: str
+    precision: str
+    graphs: dict[str, str]
+    check: dict[str, float] | None = None
+
+
+class Manifest(Record):
+    """`manifest.json`. `files` holds the sha256 of every other file of the bundle, by relative path."""
+
+    schema_version: int
+    tool_versions: dict[str, str]
+    max_length: int
+    """C: the capacity of every cache, in rows (real tokens)."""
+    aligned: bool
+    """False: all prompt tokens but the last are one fused section. True: message sections are fused."""
+    fusion_mode: FusionMode
+    stop_ids: tuple[int, ...]
+    """Receiver token ids that end a generation."""
+    receiver: ModelRecord
+    receiver_graph: GraphRecord
+    sharers: tuple[SharerRecord, ...]
+    engines: dict[str, EngineRecord]
+    files: dict[str, str]
+
+
+class Bundle:
+    """An opened bundle: its `root` folder and `manifest`, every file of which was found unchanged."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root = root
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> "Bundle":
+        """Read the manifest and compare every file with its recorded sha256.
+
+        Raises `BundleError`, naming the file, when one is missing or changed, or when the schema version is another.
+        """
+        root = Path(path)
+        manifest = _read_manifest(root)
+        for name, problem in _damaged_files(root, manifest.files):
+            raise BundleError(f"{root / name}: {problem}; export the bundle again")
+        return cls(root, manifest)
+
+    def file(self, relative: str) -> Path:
+        """The absolute path of a file of the bundle, given its path in the manifest."""
+        return (self.root / relative).resolve()
+
+    def tokenizer_folder(self, sharer: int | None = None) -> Path:
+        """The folder with the receiver's tokenizer, or with that of sharer number `sharer`."""
+        return self.root / "tokenizers" / ("receiver" if sharer is None else f"sharer{sharer}")
+
+    def alignment_file(self, sharer: int) -> Path:
+        """The `.npy` file with the alignment table of sharer number `sharer`: int32 [receiver_vocab]."""
+        return self.root / "alignment" / f"sharer{sharer}.npy"
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Write `manifest` into the bundle folder `root`."""
+    (root / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+
+
+def hash_folder(root: Path) -> dict[str, str]:
+    """The sha256 of every file below `root` but the manifest, by relative path with forward slashes."""
+    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file() and p.name != MANIFEST_NAME)
+    return dict(zip(names, _hash_files(root, names), strict=True))
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_files(root: Path, names: Iterable[str]) -> list[str]:
+    # hashlib releases the interpreter lock, so large weight files are hashed side by side.
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(lambda name: sha256_of(root / name), names))
+
+
+def _read_manifest(root: Path) -> Manifest:
+    path = root / MANIFEST_NAME
+    if not path.is_file():
+        raise BundleError(f"{root} is not a bundle: it has no {MANIFEST_NAME}; write one with `c2c-export pair`")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BundleError(f"{path}: not valid JSON ({error}); export the bundle again") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}; export the bundle again"
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{path}: field {field}: {first['msg']}; export the bundle again") from error
+
+
+def _damaged_files(root: Path, files: dict[str, str]) -> Iterable[tuple[str, str]]:
+    present = [name for name in files if (root / name).is_file()]
+    for name in files.keys() - set(present):
+        yield name, "missing"
+    for name, digest in zip(present, _hash_files(root, present), strict=True):
+        if digest != files[name]:
+            yield name, "changed since the bundle was written (its sha256 differs)"

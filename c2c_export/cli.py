@@ -1,0 +1,198 @@
+"""The command line. Each command fills one typed options object and calls a public function.
+
+This is the one place where the exporting side and `runtime` meet: the commands that serve a bundle import the runtime,
+the commands that export one import torch and transformers, each only when it runs.
+"""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from rich.console import Console
+
+from c2c_export import __version__
+from c2c_export.errors import C2CError, UsageError
+
+app = typer.Typer(
+    help="Export a Cache-to-Cache pair (two LLMs and a trained fuser) to portable ONNX, and run it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_console = Console(stderr=True)
+
+
+def main() -> None:
+    """The console script: run a command; a `C2CError` is printed in one or two lines, without a traceback."""
+    try:
+        app()
+    except C2CError as error:
+        _console.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _console.print("cancelled")
+        sys.exit(130)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def pair(
+    receiver: Annotated[str, typer.Option(help="The receiver: a model folder, a hub id[@revision], or a .gguf file.")],
+    sharer: Annotated[list[str], typer.Option(help="A sharer, likewise; repeat for several.")],
+    fuser: Annotated[
+        list[str], typer.Option(help="The fuser checkpoint of each sharer: a folder or a hub id[:subfolder][@revision].")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The bundle folder to write.")],
+    max_length: Annotated[int, typer.Option(help="Capacity of the caches, in tokens.")] = 2048,
+    fusion_mode: Annotated[
+        Optional[str],  # noqa: UP045 (Typer reads the annotation)
+        typer.Option(help="How several sharers fuse: parallel or sequential.  [default: the fuser's, else parallel]"),
+    ] = None,
+    receiver_chat_template: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A Jinja file to use instead of the receiver's own chat template."),
+    ] = None,
+    sharer_chat_template: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="A Jinja file to use instead of each sharer's chat template; one per sharer."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle if it exists.")] = False,
+) -> None:
+    """Export two or more models and their fusers to a bundle of portable ONNX graphs."""
+    _require("torch", "transformers", "onnxscript", "onnx", "gguf", "safetensors", extra="export")
+    from c2c_export.pair import PairOptions, export_pair  # noqa: PLC0415 (loads torch)
+
+    options = PairOptions(
+        receiver=receiver,
+        sharers=sharer,
+        fusers=fuser,
+        output=output,
+        max_length=max_length,
+        fusion_mode=fusion_mode,  # type: ignore[arg-type]  # checked by export_pair
+        receiver_chat_template=receiver_chat_template,
+        sharer_chat_templates=sharer_chat_template or (),
+        overwrite=overwrite,
+    )
+    bundle = export_pair(options, _step)
+    _console.print(f"Wrote {bundle}. Next: c2c-export inspect {bundle}", highlight=False)
+
+
+@app.command()
+def inspect(
+    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead.")] = False,
+) -> None:
+    """Show a bundle: models, layer map with gates, graphs, passes, engines."""
+    from c2c_export.bundle import Bundle  # noqa: PLC0415
+    from c2c_export.inspect import print_bundle  # noqa: PLC0415
+
+    opened = Bundle.open(bundle)
+    if as_json:
+        print(opened.manifest.model_dump_json(indent=1))
+    else:
+        print_bundle(opened, Console())
+
+
+@app.command()
+def generate(
+    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
+    prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the user says.")],
+    system: Annotated[Optional[str], typer.Option(help="A system message before it.")] = None,  # noqa: UP045
+    fuse: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Use the sharers, or the receiver alone.")] = True,
+    sharer: Annotated[Optional[list[int]], typer.Option(help="Use only this sharer; repeatable.")] = None,  # noqa: UP045
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
+    stop: Annotated[Optional[list[str]], typer.Option(help="Stop before this text; repeatable.")] = None,  # noqa: UP045
+    temperature: Annotated[Optional[float], typer.Option(help="Sample with this temperature.")] = None,  # noqa: UP045
+    top_k: Annotated[Optional[int], typer.Option(help="Sample among the k most probable tokens.")] = None,  # noqa: UP045
+    top_p: Annotated[Optional[float], typer.Option(help="Sample within this probability mass.")] = None,  # noqa: UP045
+    min_p: Annotated[
+        Optional[float],  # noqa: UP045
+        typer.Option(help="Sample among tokens this probable relative to the best."),
+    ] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Penalise repeated tokens; 1.0 is off.")] = 1.0,
+    seed: Annotated[Optional[int], typer.Option(help="Seed for sampling.")] = None,  # noqa: UP045
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after stop tokens.")] = False,
+    engine: Annotated[str, typer.Option(help="The engine to run.")] = "ort-cpu",
+    precision: Annotated[str, typer.Option(help="The engine's precision.")] = "fp32",
+    threads: Annotated[Optional[int], typer.Option(help="Threads.  [default: physical cores]")] = None,  # noqa: UP045
+    timings: Annotated[bool, typer.Option("--timings", help="Print timings to stderr.")] = False,
+) -> None:
+    """Answer a prompt, streaming the text."""
+    from runtime import C2CPipeline  # noqa: PLC0415
+
+    messages = [{"role": "user", "content": prompt}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    pipeline = C2CPipeline.from_bundle(bundle, engine, precision, num_slots=1, num_threads=threads)
+    chunks = pipeline.stream(
+        messages,
+        fuse=fuse,
+        sharers=sharer or None,
+        max_new_tokens=max_new_tokens,
+        stop=stop or (),
+        ignore_eos=ignore_eos,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
+    generation = None
+    for chunk in chunks:
+        print(chunk.text, end="", flush=True)
+        generation = chunk.generation
+    print()
+    if timings and generation is not None:
+        spent = generation.timings
+        _console.print(
+            f"sharer prefill {spent.sharer_prefill:.3f} s, receiver prefill {spent.receiver_prefill:.3f} s, "
+            f"fuse {spent.fuse:.3f} s, first token after {spent.ttft:.3f} s, "
+            f"{len(generation.token_ids) - 1} further tokens in {spent.decode:.3f} s",
+            highlight=False,
+        )
+
+
+@contextlib.contextmanager
+def _step(description: str) -> Iterator[None]:
+    """Show a long step while it runs, and how long it took."""
+    import time  # noqa: PLC0415
+
+    started = time.perf_counter()
+    if _console.is_terminal:
+        with _console.status(description):
+            yield
+    else:
+        _console.print(f"{description} …", highlight=False)
+        yield
+    _console.print(f"{description}: {time.perf_counter() - started:.1f} s", highlight=False)
+
+
+def _require(*modules: str, extra: str) -> None:
+    missing = [module for module in modules if find_spec(module) is None]
+    if missing:
+        raise UsageError(
+            f"this command needs {', '.join(missing)}, which the bare install leaves out\n"
+            f"Install them with: pip install 'c2c-export[{extra}]'"
+        )
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+if __name__ == "__main__":
+    main()

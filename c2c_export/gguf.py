@@ -1,0 +1,90 @@
+"""Convert a `.gguf` file to a Hugging Face folder, once: the folder is kept in a cache and found by the file's sha256.
+
+The conversion is transformers' own (`from_pretrained(gguf_file=…)`), weights dequantised to float32. It takes minutes,
+nearly all of it spent in reading the token lists element by element, so the file is parsed only once and the result kept.
+The cache is `$C2C_EXPORT_CACHE`, or `c2c-export` in `$XDG_CACHE_HOME` or `~/.cache`; it may be deleted at any time.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from c2c_export.bundle import sha256_of
+from c2c_export.errors import C2CError
+
+
+def cache_folder() -> Path:
+    """The folder for conversions that are worth keeping."""
+    named = os.environ.get("C2C_EXPORT_CACHE")
+    if named:
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "c2c-export"
+
+
+def convert_gguf(path: Path) -> Path:
+    """The converted folder for the `.gguf` file at `path`. Raises `C2CError` naming the file when it cannot be read."""
+    folder = cache_folder() / "gguf" / sha256_of(path)
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
+    try:
+        _convert(path, partial)
+        partial.chmod(0o755)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # otherwise another process converted the same file in the meantime
+                raise
+    except OSError as error:
+        raise C2CError(f"{path}: cannot be converted into {folder.parent}: {error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _convert(path: Path, folder: Path) -> None:
+    with _parse_once(), _quiet_transformers():
+        try:
+            where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+            model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(**where)
+        except Exception as error:  # a damaged file surfaces as whatever its bytes happened to mean
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise C2CError(f"{path}: transformers cannot read this .gguf file: {reason}") from error
+    # The weights are plain float32 now; transformers refuses to save a model that it still calls quantised.
+    model.hf_quantizer = None
+    del model.config.quantization_config
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _parse_once() -> Iterator[None]:
+    """Let configuration, weights and tokenizer, which transformers loads separately, share one parsed file."""
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.lru_cache(maxsize=1)(reader)  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

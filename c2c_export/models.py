@@ -1,0 +1,143 @@
+"""Load a language model for export: configuration checked first, then weights in float32, all of them, all finite.
+
+In: a local folder in Hugging Face's layout. Out: a `LanguageModel`. Supported are the architectures in
+`SUPPORTED_ARCHITECTURES`; others are refused by name, as is what the portable graphs cannot express.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from c2c_export.bundle import ModelRecord, sha256_of
+from c2c_export.errors import C2CError
+from c2c_export.trace.decoder import sliding_window_of
+
+SUPPORTED_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
+_LENGTH_DEPENDENT_ROTARY = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the fuser and the caches need to know of a model, read from its configuration alone."""
+
+    architecture: str
+    num_layers: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    sliding_window: int | None
+    max_position_embeddings: int
+
+
+def read_config(folder: Path) -> Any:
+    """The model's transformers configuration. Raises `C2CError` when it is missing, broken or not supported."""
+    if not (folder / "config.json").is_file():
+        raise C2CError(f"{folder}: no config.json; expected a Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers raises whatever a broken field leads to
+        raise C2CError(f"{folder / 'config.json'}: transformers cannot read it: {_first_line(error)}") from error
+    _check_supported(folder / "config.json", config)
+    return config
+
+
+def shape_of(config: Any) -> ModelShape:
+    """The shape that a checked configuration describes."""
+    return ModelShape(
+        architecture=SUPPORTED_ARCHITECTURES[config.model_type],
+        num_layers=config.num_hidden_layers,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        vocab_size=config.vocab_size,
+        sliding_window=sliding_window_of(config),
+        max_position_embeddings=config.max_position_embeddings,
+    )
+
+
+def load_weights(folder: Path, config: Any) -> PreTrainedModel:
+    """The model in float32, ready to trace.
+
+    Raises `C2CError` when a weight file is missing or truncated, a tensor is missing or of another shape, or holds a
+    value that is not finite; the message names it.
+    """
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except Exception as error:  # safetensors, torch and transformers each have their own kinds
+        raise C2CError(f"{folder}: the weights cannot be loaded: {_first_line(error)}") from error
+    # transformers fills missing tensors with random numbers and only logs it
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise C2CError(f"{folder}: the weights lack {len(missing)} tensor(s), first {missing[0]}")
+    mismatched = sorted(loading["mismatched_keys"])
+    if mismatched:
+        raise C2CError(f"{folder}: tensor {mismatched[0][0]} has another shape than config.json says")
+    for name, tensor in model.named_parameters():
+        if not bool(torch.isfinite(tensor).all()):
+            raise C2CError(f"{folder}: tensor {name} holds NaN or infinite values")
+    return model.eval()
+
+
+def read_stop_ids(folder: Path, config: Any, tokenizer_end_id: int | None) -> tuple[int, ...]:
+    """The ids that end a generation: the generation config's, else the model config's, else the tokenizer's end id."""
+    try:
+        generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        generation = GenerationConfig.from_model_config(config)
+    for ids in (generation.eos_token_id, config.eos_token_id, tokenizer_end_id):
+        if ids is not None:
+            return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+    return ()
+
+
+def model_record(source: str, folder: Path, shape: ModelShape, chat_template: str) -> ModelRecord:
+    """The manifest's record of a model; a `.gguf` source is hashed itself, a folder file by file."""
+    given = Path(source)
+    files = [given] if given.is_file() else sorted(path for path in folder.iterdir() if path.is_file())
+    return ModelRecord(
+        source=source,
+        architecture=shape.architecture,
+        num_layers=shape.num_layers,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        vocab_size=shape.vocab_size,
+        sliding_window=shape.sliding_window,
+        max_position_embeddings=shape.max_position_embeddings,
+        chat_template=chat_template,
+        sources={path.name: sha256_of(path) for path in files},
+    )
+
+
+def _check_supported(path: Path, config: Any) -> None:
+    if config.model_type not in SUPPORTED_ARCHITECTURES:
+        found = ", ".join(getattr(config, "architectures", None) or [config.model_type])
+        known = ", ".join(SUPPORTED_ARCHITECTURES.values())
+        raise C2CError(f"{path}: architecture {found} is not supported; supported are {known}")
+    if getattr(config, "quantization_config", None) is not None:
+        raise C2CError(f"{path}: field quantization_config: pass the unquantised model; engines are quantised by build")
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise C2CError(f"{path}: field attn_logit_softcapping: softcapped attention is not supported; expected null")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise C2CError(f"{path}: field use_bidirectional_attention: expected false, a causal language model")
+    rotary = config.rope_parameters or {}
+    for parameters in (rotary, *(value for value in rotary.values() if isinstance(value, dict))):
+        if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROTARY:
+            raise C2CError(
+                f"{path}: rotary type {parameters['rope_type']} depends on the prompt's length and is not supported; "
+                "supported are default, linear, llama3 and yarn"
+            )
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,31 @@
+"""Cut a traced decoder down to what a sharer must compute: the caches that open gates read.
+
+In: a decoder graph with all its outputs. Out: the same graph without logits, without anything above the highest layer
+that is read, and in that layer with only the K and V that are read. Caches of the layers below it stay outputs even
+when no gate reads them, because a later call (a further turn, a chunk) attends to their rows.
+"""
+
+import onnx_ir as ir
+
+from c2c_export.passes.remove_unused import remove_unused
+
+CacheName = tuple[int, str]
+"""A layer and "key" or "value"."""
+
+
+def prune_sharer(model: ir.Model, read: frozenset[CacheName]) -> int:
+    """Remove the outputs that are not needed and all that only they needed; return how many outputs were removed.
+
+    `read` must not be empty: a sharer that nothing reads has no graph at all.
+    """
+    highest = max(layer for layer, _ in read)
+
+    def needed(name: str) -> bool:
+        kind, _, layer = name.partition(".")
+        return kind in ("key", "value") and (int(layer) < highest or (int(layer), kind) in read)
+
+    dropped = [output for output in model.graph.outputs if not needed(output.name or "")]
+    for output in dropped:
+        model.graph.outputs.remove(output)
+    remove_unused(model)
+    return len(dropped)

@@ -1,0 +1,23 @@
+"""The runtime of Cache-to-Cache bundles: `C2CPipeline` loads a bundle, `Session` holds one conversation's caches.
+
+Neither torch nor transformers is needed or imported.
+"""
+
+from c2c_export.errors import BundleError, C2CError, UsageError
+from runtime.pipeline import C2CPipeline
+from runtime.prompt import Message
+from runtime.sampling import SamplingParams
+from runtime.session import Chunk, Generation, Session, Timings
+
+__all__ = [
+    "BundleError",
+    "C2CError",
+    "C2CPipeline",
+    "Chunk",
+    "Generation",
+    "Message",
+    "SamplingParams",
+    "Session",
+    "Timings",
+    "UsageError",
+]

@@ -1,0 +1,44 @@
+"""The KV cache pool of one model: every buffer allocated once, each slot one contiguous view that is never copied.
+
+A pool holds, for each cache of the model's graph, one buffer [slots,H,C,D]. A slot is one request's rows; its view
+[1,H,C,D] is bound both as the graph's input `past_<name>` and as its output `<name>`.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from c2c_export.bundle import TensorSpec
+from engines.base import Buffer, Device, View
+
+_PAST = "past_"
+
+
+class KVCachePool:
+    """All caches of one model, by name ("key.<layer>", "value.<layer>"), for a fixed number of slots."""
+
+    def __init__(self, device: Device, inputs: Iterable[TensorSpec], num_slots: int) -> None:
+        """Allocate a buffer for every input named `past_…` among `inputs`, [B,H,C,D] with static H, C, D."""
+        self.num_slots = num_slots
+        self._buffers: dict[str, Buffer] = {}
+        for spec in inputs:
+            if spec.name.startswith(_PAST):
+                shape = (num_slots, *(int(size) for size in spec.shape[1:]))
+                self._buffers[spec.name.removeprefix(_PAST)] = device.allocate(shape, spec.dtype)
+
+    def view(self, name: str, slot: int) -> View:
+        """The view [1,H,C,D] of one cache's slot."""
+        buffer = self._buffers[name]
+        return buffer.view(slot, shape=(1, *buffer.shape[1:]))
+
+    def in_place(self, slot: int) -> Mapping[str, View]:
+        """Bindings of every cache of a slot, as input and as output."""
+        bindings = {}
+        for name in self._buffers:
+            bindings[name] = bindings[_PAST + name] = self.view(name, slot)
+        return bindings
+
+    def read_rows(self, name: str, slot: int, start: int, stop: int) -> NDArray[np.float32]:
+        """A host copy of the rows [start, stop) of one cache's slot: [H, stop - start, D]."""
+        return self._buffers[name].read(slot, slice(None), slice(start, stop)).astype(np.float32, copy=False)

@@ -1,0 +1,72 @@
+"""Run a decoder graph, receiver or sharer, over one slot of its cache pool."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from engines.base import Buffer, Engine, View
+from runtime.cache import KVCachePool
+
+Int64Array = NDArray[np.int64]
+
+
+class Decoder:
+    """A receiver's or sharer's engine with its caches and the small buffers that feed it.
+
+    The graph is described in `c2c_export.trace.decoder`. Not thread-safe.
+    """
+
+    def __init__(self, engine: Engine, num_slots: int, max_length: int) -> None:
+        self._engine = engine
+        self.pool = KVCachePool(engine.device, engine.inputs, num_slots)
+        self._max_length = max_length
+        names = {spec.name for spec in engine.inputs}
+        allocate = engine.device.allocate
+        # One token more than the capacity: a closing padding token may follow a prompt that fills the cache.
+        self._by_token = {name: allocate((max_length + 1,), "int64") for name in ("input_ids", "position_ids")}
+        self._by_request = {
+            name: allocate((1,), "int64") for name in ("write_index", "kv_length", "last_token") if name in names
+        }
+        self._row_position_ids: Buffer | None = None
+        if "row_position_ids" in names:
+            self._row_position_ids = allocate((num_slots, max_length), "int64")
+        self._logits: Buffer | None = None
+        for spec in engine.outputs:
+            if spec.name == "logits":
+                self._logits = allocate((1, 1, int(spec.shape[2])), spec.dtype)
+
+    def run(
+        self, slot: int, ids: Sequence[int] | Int64Array, position_ids: Sequence[int] | Int64Array, write_index: int,
+        *, num_hidden: int = 0,
+    ) -> None:
+        """Compute S tokens, writing their keys and values into the slot's rows from `write_index` on.
+
+        The last `num_hidden` tokens (closing padding) see the other rows, but no token sees them, nor do they see
+        themselves; the next call writes over their rows. The last token's logits can be had from `logits`.
+        """
+        num_tokens = len(ids)
+        bindings: dict[str, View] = {}
+        for name, values in (("input_ids", ids), ("position_ids", position_ids)):
+            self._by_token[name].write(np.asarray(values, dtype=np.int64), slice(0, num_tokens))
+            bindings[name] = self._by_token[name].view(shape=(1, num_tokens))
+        scalars = {
+            "write_index": write_index,
+            "kv_length": write_index + num_tokens - num_hidden,
+            "last_token": num_tokens - 1,
+        }
+        for name, buffer in self._by_request.items():
+            buffer.write(np.array([scalars[name]], dtype=np.int64), slice(None))
+            bindings[name] = buffer.view()
+        if self._row_position_ids is not None:
+            rows = slice(write_index, write_index + num_tokens)
+            self._row_position_ids.write(np.asarray(position_ids, dtype=np.int64), slot, rows)
+            bindings["row_position_ids"] = self._row_position_ids.view(slot, shape=(1, self._max_length))
+        if self._logits is not None:
+            bindings["logits"] = self._logits.view()
+        self._engine.run({**bindings, **self.pool.in_place(slot)})
+
+    def logits(self) -> NDArray[np.float32]:
+        """A copy of the logits [V] of the last token of the last `run`. Only a receiver has them."""
+        assert self._logits is not None, "a sharer's graph has no logits"
+        return self._logits.read(0, 0).astype(np.float32, copy=False)

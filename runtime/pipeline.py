@@ -1,0 +1,176 @@
+"""`C2CPipeline`: a bundle's engines, caches and tokenizers, and the calls that a user makes.
+
+    pipe = C2CPipeline.from_bundle("demo.bundle")
+    print(pipe.generate("Which country is the city of Porto in?").text)
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer
+
+from c2c_export.bundle import Bundle
+from c2c_export.errors import C2CError, UsageError
+from c2c_export.tokenizer import BundledTokenizer
+from engines.ort.engine import OrtCpuEngine
+from runtime.decoder import Decoder
+from runtime.fuser import Fuser
+from runtime.prefill import Prefiller
+from runtime.prompt import Message, Plan, PromptPlanner
+from runtime.session import Chunk, Generation, Prompt, Session
+
+
+class C2CPipeline:
+    """A loaded bundle. Open one per process; sessions share its engines and its pool of slots. Not thread-safe."""
+
+    def __init__(self, bundle: Bundle, engine: str, precision: str, num_slots: int, num_threads: int | None) -> None:
+        """See `from_bundle`."""
+        manifest = bundle.manifest
+        record = manifest.engines.get(f"{engine}-{precision}")
+        if record is None:
+            raise UsageError(
+                f"{bundle.root} has no engine {engine} in {precision}; it has {', '.join(manifest.engines)}"
+            )
+        if num_slots < 1:
+            raise UsageError(f"num_slots is {num_slots}, expected at least 1")
+        self.bundle = bundle
+
+        def load(name: str) -> OrtCpuEngine:
+            return OrtCpuEngine(bundle.file(record.graphs[name]), num_threads)
+
+        computed = [number for number in range(len(manifest.sharers)) if f"fuser{number}" in record.graphs]
+        self.receiver = Decoder(load("receiver"), num_slots, manifest.max_length)
+        sharers = {number: Decoder(load(f"sharer{number}"), num_slots, manifest.max_length) for number in computed}
+        fusers = {number: Fuser(load(f"fuser{number}"), manifest.max_length) for number in computed}
+        self.prefiller = Prefiller(self.receiver, sharers, fusers)
+        receiver_tokenizer = BundledTokenizer.load(bundle.tokenizer_folder())
+        self.tokenizer: Tokenizer = receiver_tokenizer.backend
+        self._planner = _load_planner(bundle, receiver_tokenizer)
+        self._free_slots = list(range(num_slots))
+        self._num_slots = num_slots
+
+    @classmethod
+    def from_bundle(
+        cls,
+        path: str | os.PathLike[str],
+        engine: str = "ort-cpu",
+        precision: str = "fp32",
+        *,
+        num_slots: int = 8,
+        num_threads: int | None = None,
+    ) -> "C2CPipeline":
+        """Open the bundle at `path` and load its engine of that name and precision.
+
+        `num_slots` is how many sessions may be open at once; their caches are allocated here, and take memory when used.
+        `num_threads` per engine defaults to the physical cores. Raises `BundleError` when a file of the bundle is
+        missing or changed, `UsageError` when it has no such engine.
+        """
+        return cls(Bundle.open(path), engine, precision, num_slots, num_threads)
+
+    def prefill(self, prompt: Prompt, *, fuse: bool = True, sharers: Sequence[int] | None = None) -> Session:
+        """Prefill and fuse a prompt: messages, a str (one user turn), or receiver token ids.
+
+        `sharers` are the numbers of the sharers to use, all of them by default. `fuse=False`, or an empty list, is the
+        receiver alone on its plain prompt. Raises `UsageError` for an empty or over-long prompt, or unknown sharers.
+        """
+        selected = self._select_sharers(fuse, sharers)
+        if not self._free_slots:
+            raise C2CError(
+                f"all {self._num_slots} slots are in use; close a session, or load the bundle with a larger num_slots"
+            )
+        session = Session(self, self._free_slots.pop(), selected)
+        try:
+            session.begin(prompt)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def generate(
+        self,
+        messages: str | Sequence[Any] | None = None,
+        *,
+        input_ids: Sequence[int] | None = None,
+        fuse: bool = True,
+        sharers: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Prefill one prompt, `messages` or `input_ids`, and generate; `options` are those of `Session.stream`."""
+        with self.prefill(_one_prompt(messages, input_ids), fuse=fuse, sharers=sharers) as session:
+            return session.generate(**options)
+
+    def stream(
+        self,
+        messages: str | Sequence[Any] | None = None,
+        *,
+        input_ids: Sequence[int] | None = None,
+        fuse: bool = True,
+        sharers: Sequence[int] | None = None,
+        **options: Any,
+    ) -> Iterator[Chunk]:
+        """As `generate`, yielding `Chunk`s; prompt and options are checked, and the prompt prefilled, before it returns."""
+        session = self.prefill(_one_prompt(messages, input_ids), fuse=fuse, sharers=sharers)
+        return _stream_and_close(session, session.stream(**options))
+
+    def release_slot(self, slot: int) -> None:
+        """Make a session's slot free for another; sessions do it themselves."""
+        self._free_slots.append(slot)
+
+    def make_plan(self, messages: list[Message] | None, ids: Sequence[int], sharers: tuple[int, ...]) -> Plan:
+        """The plan for messages, or for ids when `messages` is None. Raises `UsageError` when it exceeds the capacity."""
+        if messages is None:
+            plan = self._planner.plan_ids(ids, sharers=sharers)
+        else:
+            plan = self._planner.plan_messages(messages, sharers=sharers)
+        needed = max(len(tokens.ids) for tokens in (plan.receiver, *plan.sharers.values()))
+        needed += plan.closing_padding_id is not None
+        if needed > self.bundle.manifest.max_length:
+            raise UsageError(
+                f"the prompt takes {needed} tokens, this bundle's capacity is {self.bundle.manifest.max_length}; shorten "
+                "it, or export with a larger --max-length"
+            )
+        return plan
+
+    def read_receiver(self, slot: int, layer: int, num_rows: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Copies of the first rows of a receiver layer's key and value in a slot, each [Ht, num_rows, Dt]."""
+        pool = self.receiver.pool
+        return pool.read_rows(f"key.{layer}", slot, 0, num_rows), pool.read_rows(f"value.{layer}", slot, 0, num_rows)
+
+    def _select_sharers(self, fuse: bool, sharers: Sequence[int] | None) -> tuple[int, ...]:
+        available = range(len(self.bundle.manifest.sharers))
+        if not fuse:
+            return ()
+        if sharers is None:
+            return tuple(available)
+        for number in sharers:
+            if isinstance(number, bool) or not isinstance(number, int) or number not in available:
+                raise UsageError(f"sharer {number!r}: this bundle has sharers 0 to {len(available) - 1}")
+        return tuple(sorted(set(sharers)))
+
+
+def _load_planner(bundle: Bundle, receiver: BundledTokenizer) -> PromptPlanner:
+    manifest = bundle.manifest
+    numbers = range(len(manifest.sharers)) if manifest.aligned else range(0)
+    return PromptPlanner(
+        receiver,
+        [BundledTokenizer.load(bundle.tokenizer_folder(number)) for number in numbers],
+        [np.load(bundle.alignment_file(number)) for number in numbers],
+        manifest.aligned,
+        receiver_vocab=manifest.receiver.vocab_size,
+        sharer_vocabs=[sharer.model.vocab_size for sharer in manifest.sharers],
+    )
+
+
+def _one_prompt(messages: str | Sequence[Any] | None, input_ids: Sequence[int] | None) -> Prompt:
+    if (messages is None) == (input_ids is None):
+        raise UsageError("give either messages or input_ids")
+    return messages if messages is not None else input_ids  # type: ignore[return-value]
+
+
+def _stream_and_close(session: Session, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    with session:
+        yield from chunks
+

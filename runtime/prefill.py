@@ -1,0 +1,154 @@
+"""Prefill and fuse one slot according to a `Plan`, reusing the rows that a former plan left there.
+
+Sharers are prefilled in one call each, up to the last fused token: their rows never change. The receiver is prefilled
+up to the end of each fused section, whose rows are then fused before the next section attends to them (arXiv
+2510.03215; the order is the reference's).
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from runtime.decoder import Decoder, Int64Array
+from runtime.fuser import Fuser
+from runtime.prompt import ModelTokens, Plan
+
+NO_TOKENS = ModelTokens(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class FusedRows:
+    """A fused section as rows [start, stop) of the receiver, and the positions [.., last_position] it ends at."""
+
+    start: int
+    stop: int
+    stop_position: int
+
+
+@dataclass
+class SlotState:
+    """What the rows of a slot hold: tokens by row, for the receiver and each sharer, and which rows are fused."""
+
+    receiver: ModelTokens = NO_TOKENS
+    sharers: dict[int, ModelTokens] = field(default_factory=dict)
+    fused: tuple[FusedRows, ...] = ()
+
+    def append(self, token_id: int, position_id: int) -> None:
+        """Record one more unfused receiver row, a generated token's."""
+        self.receiver = ModelTokens(
+            np.append(self.receiver.ids, token_id), np.append(self.receiver.position_ids, position_id)
+        )
+
+
+@dataclass(frozen=True)
+class PrefillTimings:
+    """Seconds spent in each phase."""
+
+    sharer_prefill: float
+    receiver_prefill: float
+    fuse: float
+
+
+class Prefiller:
+    """The engines of a bundle, over one pool of slots."""
+
+    def __init__(self, receiver: Decoder, sharers: Mapping[int, Decoder], fusers: Mapping[int, Fuser]) -> None:
+        """`sharers` and `fusers` lack the numbers of sharers whose gates are all closed: nothing is computed for them."""
+        self._receiver = receiver
+        self._sharers = sharers
+        self._fusers = fusers
+
+    def run(self, slot: int, state: SlotState, plan: Plan) -> PrefillTimings:
+        """Bring `slot` from `state` to `plan`, updating `state`; afterwards the receiver's logits are the prompt's."""
+        target = _state_of(plan)
+        reusable_sharer_rows = {
+            number: _common_rows(state.sharers.get(number, NO_TOKENS), tokens)
+            for number, tokens in target.sharers.items()
+        }
+        first_row = _reusable_rows(state, target, reusable_sharer_rows)
+
+        started = time.perf_counter()
+        for number, tokens in target.sharers.items():
+            done = reusable_sharer_rows[number]
+            if number in self._sharers and done < len(tokens.ids):
+                self._sharers[number].run(slot, tokens.ids[done:], tokens.position_ids[done:], done)
+        sharer_seconds = time.perf_counter() - started
+
+        fuse_seconds = 0.0
+        started = time.perf_counter()
+        for section in target.fused:
+            if section.stop > first_row:
+                self._prefill_receiver(slot, target.receiver, first_row, section.stop)
+                fuse_started = time.perf_counter()
+                self._fuse(slot, target, section)
+                fuse_seconds += time.perf_counter() - fuse_started
+                first_row = section.stop
+        self._prefill_receiver(slot, target.receiver, first_row, len(target.receiver.ids), closing_padding_of=plan)
+        receiver_seconds = time.perf_counter() - started - fuse_seconds
+        state.receiver, state.sharers, state.fused = target.receiver, target.sharers, target.fused
+        return PrefillTimings(sharer_seconds, receiver_seconds, fuse_seconds)
+
+    def _prefill_receiver(
+        self, slot: int, tokens: ModelTokens, start: int, stop: int, closing_padding_of: Plan | None = None
+    ) -> None:
+        ids, position_ids, num_hidden = tokens.ids[start:stop], tokens.position_ids[start:stop], 0
+        if closing_padding_of is not None and closing_padding_of.closing_padding_id is not None:
+            ids = np.append(ids, closing_padding_of.closing_padding_id)
+            position_ids = np.append(position_ids, closing_padding_of.num_positions - 1)
+            num_hidden = 1
+        if len(ids):
+            self._receiver.run(slot, ids, position_ids, start, num_hidden=num_hidden)
+
+    def _fuse(self, slot: int, target: SlotState, section: FusedRows) -> None:
+        rows = range(section.start, section.stop)
+        positions = target.receiver.position_ids[section.start : section.stop]
+        selected = [number for number in sorted(target.sharers) if number in self._fusers]
+        names = frozenset[str]().union(*(self._fusers[number].unfused_names for number in selected))
+        unfused = {name: self._receiver.pool.read_rows(name, slot, rows.start, rows.stop) for name in names}
+        for number in selected:
+            sharer_rows: Int64Array = np.searchsorted(target.sharers[number].position_ids, positions).astype(np.int64)
+            self._fusers[number].run(
+                self._receiver.pool, self._sharers[number].pool, slot, rows, sharer_rows, unfused
+            )
+
+
+def _state_of(plan: Plan) -> SlotState:
+    """The rows that `plan` wants. Sharer tokens behind the last fused position are left out: nothing reads them."""
+    fused = []
+    for section in plan.sections:
+        if section.fused:
+            start, stop = np.searchsorted(plan.receiver.position_ids, (section.start, section.stop))
+            fused.append(FusedRows(int(start), int(stop), section.stop))
+    last_position = fused[-1].stop_position if fused else 0
+    sharers = {}
+    for number, tokens in plan.sharers.items():
+        num_rows = int(np.searchsorted(tokens.position_ids, last_position))
+        sharers[number] = ModelTokens(tokens.ids[:num_rows], tokens.position_ids[:num_rows])
+    return SlotState(plan.receiver, sharers, tuple(fused))
+
+
+def _common_rows(old: ModelTokens, new: ModelTokens) -> int:
+    """How many leading rows hold the same tokens at the same positions."""
+    shorter = min(len(old.ids), len(new.ids))
+    same = (old.ids[:shorter] == new.ids[:shorter]) & (old.position_ids[:shorter] == new.position_ids[:shorter])
+    return shorter if bool(same.all()) else int(np.argmin(same))
+
+
+def _reusable_rows(state: SlotState, target: SlotState, sharer_rows: Mapping[int, int]) -> int:
+    """How many leading receiver rows of `state` are exactly those that `target` wants.
+
+    A fused section is reused whole or not at all, since its tokens attend to each other's unfused rows, and only if its
+    sharers read the same up to its end. The last row is always computed again, for its logits.
+    """
+    rows = min(_common_rows(state.receiver, target.receiver), len(target.receiver.ids) - 1)
+    same_sharers = state.sharers.keys() == target.sharers.keys()
+    for section in sorted({*state.fused, *target.fused}, key=lambda section: section.start):
+        covered = same_sharers and all(
+            np.searchsorted(tokens.position_ids, section.stop_position) <= sharer_rows[number]
+            for number, tokens in target.sharers.items()
+        )
+        if not (section in state.fused and section in target.fused and section.stop <= rows and covered):
+            rows = min(rows, section.start)
+    return rows

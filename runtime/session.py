@@ -1,0 +1,284 @@
+"""A session: one conversation in one slot, from its prompt through its generations and further turns."""
+
+import time
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from c2c_export.errors import UsageError
+from runtime.detokenizer import Detokenizer
+from runtime.prefill import PrefillTimings, SlotState
+from runtime.prompt import Message, Plan, parse_messages
+from runtime.sampling import Sampler, SamplingParams
+
+if TYPE_CHECKING:
+    from runtime.pipeline import C2CPipeline
+
+Prompt = str | Sequence[Mapping[str, Any] | Message] | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds. `ttft`, time to first token, holds planning, the three prefill phases and choosing the token."""
+
+    sharer_prefill: float
+    receiver_prefill: float
+    fuse: float
+    ttft: float
+    decode: float
+    """All tokens after the first."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one call generated."""
+
+    text: str
+    """Without special tokens, cut before a stop string."""
+    token_ids: list[int]
+    """All generated ids, an ending stop token included, as transformers' `generate` returns them."""
+    finish_reason: str
+    """"stop" (a stop token or stop string) or "length" (`max_new_tokens` or the capacity reached)."""
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a streamed generation. The concatenated texts of all chunks are the generation's text."""
+
+    text: str
+    token_ids: list[int]
+    """The ids generated since the last chunk."""
+    generation: Generation | None = None
+    """The whole generation, in the last chunk only."""
+
+
+@dataclass
+class _Conversation:
+    """What the user has said so far: messages, or token ids."""
+
+    messages: list[Message] | None
+    ids: list[int]
+
+
+class Session:
+    """The caches of one conversation. Made by `C2CPipeline.prefill`; holds its slot until closed or collected.
+
+    Not thread-safe, and neither are two sessions of one pipeline at the same time.
+    """
+
+    def __init__(self, pipeline: "C2CPipeline", slot: int, sharers: tuple[int, ...]) -> None:
+        self._pipeline = pipeline
+        self._slot = slot
+        # A session that is simply dropped gives its slot back too.
+        self._release = weakref.finalize(self, pipeline.release_slot, slot)
+        self._sharers = sharers
+        self._state = SlotState()
+        self._conversation = _Conversation(None, [])
+        self._logits: NDArray[np.float32] = np.zeros(0, dtype=np.float32)
+        self._last_logits = self._logits
+        self._next_position = 0
+        self._reply_ids: list[int] = []
+        self._reply_text = ""
+        self._prefill_seconds = 0.0
+        self._timings = PrefillTimings(0.0, 0.0, 0.0)
+
+    @property
+    def logits(self) -> NDArray[np.float32]:
+        """float32 [V], of the last prompt token (of the prompt's last padding row, where it ends in padding)."""
+        return self._logits
+
+    @property
+    def position_ids(self) -> NDArray[np.int64]:
+        """int64 [n]: the positions of the receiver's real rows, generated ones included."""
+        return self._state.receiver.position_ids
+
+    @property
+    def token_ids(self) -> NDArray[np.int64]:
+        """int64 [n]: the token ids of the receiver's real rows, generated ones included."""
+        return self._state.receiver.ids
+
+    @property
+    def plan(self) -> Plan:
+        """The prompt as it was planned: every model's tokens and positions, and the sections."""
+        return self._plan
+
+    def kv(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Copies of a receiver layer's key and value, each [Ht, n, Dt]: the real rows, fused where they were."""
+        num_layers = self._pipeline.bundle.manifest.receiver.num_layers
+        if not 0 <= layer < num_layers:
+            raise UsageError(f"layer {layer}: the receiver has layers 0 to {num_layers - 1}")
+        return self._pipeline.read_receiver(self._slot, layer, len(self.position_ids))
+
+    def append(self, prompt: Prompt) -> None:
+        """Add turns (or ids, to a session of ids) and prefill what they change; equal to a fresh run over everything.
+
+        What was generated since the last prompt counts as the assistant's turn before them, unless `prompt` begins
+        with an assistant message itself.
+        """
+        if self._conversation.messages is None:
+            ids = [*self._conversation.ids, *self._reply_ids, *_as_ids(prompt)]
+            self._start(_Conversation(None, ids))
+            return
+        if _is_ids(prompt):
+            raise UsageError("this session holds messages; append messages, not token ids")
+        messages = parse_messages(prompt)  # type: ignore[arg-type]
+        answered = [Message("assistant", self._reply_text)] if self._reply_ids else []
+        if messages[0].role == "assistant":
+            answered = []
+        self._start(_Conversation([*self._conversation.messages, *answered, *messages], []))
+
+    def generate(
+        self,
+        *,
+        max_new_tokens: int | None = None,
+        ignore_eos: bool = False,
+        stop: str | Sequence[str] = (),
+        **sampling: Any,
+    ) -> Generation:
+        """Generate until a stop token, a stop string, `max_new_tokens`, or the capacity; see `stream`."""
+        generation = None
+        for chunk in self.stream(max_new_tokens=max_new_tokens, ignore_eos=ignore_eos, stop=stop, **sampling):
+            generation = chunk.generation
+        assert generation is not None
+        return generation
+
+    def stream(
+        self,
+        *,
+        max_new_tokens: int | None = None,
+        ignore_eos: bool = False,
+        stop: str | Sequence[str] = (),
+        **sampling: Any,
+    ) -> Iterator[Chunk]:
+        """Generate, yielding text as soon as it is certain; a character or a possible stop string is never split.
+
+        `max_new_tokens` None goes on to the capacity. `ignore_eos` goes on after stop tokens. `sampling` are the
+        fields of `SamplingParams`. Raises `UsageError` for options out of range, or when prompt and `max_new_tokens`
+        together exceed the capacity.
+        """
+        self._check_open()
+        limit = self._check_limit(max_new_tokens)
+        stop_strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        detokenizer = Detokenizer(self._pipeline.tokenizer, stop_strings)
+        sampler = Sampler(_sampling_params(sampling))
+        return self._generate(limit, ignore_eos, detokenizer, sampler)
+
+    def close(self) -> None:
+        """Give the slot back. The session cannot be used afterwards; closing it again does nothing."""
+        self._release()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def begin(self, prompt: Prompt) -> None:
+        """Prefill the first prompt; called once, by the pipeline."""
+        if _is_ids(prompt):
+            self._start(_Conversation(None, _as_ids(prompt)))
+        else:
+            self._start(_Conversation(parse_messages(prompt), []))  # type: ignore[arg-type]
+
+    def _start(self, conversation: _Conversation) -> None:
+        self._check_open()
+        started = time.perf_counter()
+        self._plan = self._pipeline.make_plan(conversation.messages, conversation.ids, self._sharers)
+        self._timings = self._pipeline.prefiller.run(self._slot, self._state, self._plan)
+        self._conversation = conversation
+        self._reply_ids, self._reply_text = [], ""
+        self._next_position = self._plan.num_positions
+        self._logits = self._last_logits = self._pipeline.receiver.logits()
+        self._prefill_seconds = time.perf_counter() - started
+
+    def _check_open(self) -> None:
+        if not self._release.alive:
+            raise UsageError("this session is closed; prefill a new one")
+
+    def _check_limit(self, max_new_tokens: int | None) -> int:
+        # The last generated token's row is only written when something follows it.
+        room = self._pipeline.bundle.manifest.max_length - len(self.position_ids) + 1
+        if self._reply_ids:
+            room -= 1
+        if room < 1:
+            raise UsageError(
+                f"the session's {len(self.position_ids)} tokens fill the bundle's capacity of "
+                f"{self._pipeline.bundle.manifest.max_length}; export with a larger --max-length"
+            )
+        if max_new_tokens is None:
+            return room
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens is {max_new_tokens!r}, expected an integer of at least 1")
+        if max_new_tokens > room:
+            raise UsageError(
+                f"{len(self.position_ids)} prompt tokens and max_new_tokens={max_new_tokens} exceed the bundle's capacity "
+                f"of {self._pipeline.bundle.manifest.max_length}; ask for at most {room}, shorten the prompt, or export "
+                "with a larger --max-length"
+            )
+        return max_new_tokens
+
+    def _generate(
+        self, limit: int, ignore_eos: bool, detokenizer: Detokenizer, sampler: Sampler
+    ) -> Iterator[Chunk]:
+        started = first_token_at = time.perf_counter()
+        stop_ids = frozenset() if ignore_eos else frozenset(self._pipeline.bundle.manifest.stop_ids)
+        token_ids: list[int] = []
+        stopped = False
+        try:
+            while len(token_ids) < limit and not stopped:
+                if self._reply_ids:
+                    self._step(self._reply_ids[-1])
+                token_id = sampler.sample(self._last_logits, self.token_ids)
+                if not token_ids:
+                    first_token_at = time.perf_counter()
+                token_ids.append(token_id)
+                self._reply_ids.append(token_id)
+                stopped = token_id in stop_ids
+                text = "" if stopped else detokenizer.push(token_id)
+                stopped = stopped or detokenizer.stopped
+                yield Chunk(text, [token_id])
+            rest = detokenizer.finish()
+        finally:  # also when the caller stops reading: what was generated so far is the reply
+            self._reply_text += detokenizer.text
+        timings = Timings(
+            sharer_prefill=self._timings.sharer_prefill,
+            receiver_prefill=self._timings.receiver_prefill,
+            fuse=self._timings.fuse,
+            ttft=self._prefill_seconds + first_token_at - started,
+            decode=time.perf_counter() - first_token_at,
+        )
+        yield Chunk(rest, [], Generation(detokenizer.text, token_ids, "stop" if stopped else "length", timings))
+
+    def _step(self, token_id: int) -> None:
+        row = len(self.position_ids)
+        self._pipeline.receiver.run(self._slot, [token_id], [self._next_position], row)
+        self._state.append(token_id, self._next_position)
+        self._next_position += 1
+        self._last_logits = self._pipeline.receiver.logits()
+
+
+def _sampling_params(options: Mapping[str, Any]) -> SamplingParams:
+    unknown = sorted(options.keys() - SamplingParams.__dataclass_fields__.keys())
+    if unknown:
+        known = ", ".join(SamplingParams.__dataclass_fields__)
+        raise UsageError(f"unknown option {unknown[0]}; the sampling options are {known}")
+    return SamplingParams(**options)
+
+
+def _is_ids(prompt: Any) -> bool:
+    if isinstance(prompt, np.ndarray):
+        return True
+    return isinstance(prompt, Sequence) and not isinstance(prompt, str) and bool(prompt) and not any(
+        isinstance(part, Mapping | Message | str) for part in prompt
+    )
+
+
+def _as_ids(prompt: Any) -> list[int]:
+    if isinstance(prompt, str) or (prompt and not _is_ids(prompt)):
+        raise UsageError("this session holds token ids; append token ids, not messages")
+    return [int(token) for token in prompt]
