@@ -1,7 +1,7 @@
 """The bundle: one relocatable, hash-locked folder that holds all that the runtime needs.
 
     manifest.json            `Manifest`: models, layer maps, gates, graphs, engines, and the sha256 of every file
-    graphs/                  portable ONNX graphs: receiver.onnx, sharer<k>.onnx, fuser<k>.onnx, each with its .data file
+    graphs/                  portable ONNX graphs: receiver.onnx, sharer<k>.onnx, fuser<k>.onnx, each with a .data file
     tokenizers/receiver/     see `c2c_export.tokenizer`; tokenizers/sharer<k>/ likewise
     alignment/sharer<k>.npy  int32 [receiver_vocab]: the sharer's token id for every receiver token id (aligned pairs)
     engines/<target>-<precision>[-<arch>]/

@@ -6,6 +6,7 @@ the commands that export one import torch and transformers, each only when it ru
 
 import contextlib
 import sys
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,7 +54,8 @@ def pair(
     receiver: Annotated[str, typer.Option(help="The receiver: a model folder, a hub id[@revision], or a .gguf file.")],
     sharer: Annotated[list[str], typer.Option(help="A sharer, likewise; repeat for several.")],
     fuser: Annotated[
-        list[str], typer.Option(help="The fuser checkpoint of each sharer: a folder or a hub id[:subfolder][@revision].")
+        list[str],
+        typer.Option(help="The fuser checkpoint of each sharer: a folder or a hub id[:subfolder][@revision]."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle folder to write.")],
     max_length: Annotated[int, typer.Option(help="Capacity of the caches, in tokens.")] = 2048,
@@ -73,7 +75,7 @@ def pair(
 ) -> None:
     """Export two or more models and their fusers to a bundle of portable ONNX graphs."""
     _require("torch", "transformers", "onnxscript", "onnx", "gguf", "safetensors", extra="export")
-    from c2c_export.pair import PairOptions, export_pair  # noqa: PLC0415 (loads torch)
+    from c2c_export.pair import PairOptions, export_pair
 
     options = PairOptions(
         receiver=receiver,
@@ -96,8 +98,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead.")] = False,
 ) -> None:
     """Show a bundle: models, layer map with gates, graphs, passes, engines."""
-    from c2c_export.bundle import Bundle  # noqa: PLC0415
-    from c2c_export.inspect import print_bundle  # noqa: PLC0415
+    from c2c_export.bundle import Bundle
+    from c2c_export.inspect import print_bundle
 
     opened = Bundle.open(bundle)
     if as_json:
@@ -131,7 +133,7 @@ def generate(
     timings: Annotated[bool, typer.Option("--timings", help="Print timings to stderr.")] = False,
 ) -> None:
     """Answer a prompt, streaming the text."""
-    from runtime import C2CPipeline  # noqa: PLC0415
+    from runtime import C2CPipeline
 
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
@@ -169,8 +171,6 @@ def generate(
 @contextlib.contextmanager
 def _step(description: str) -> Iterator[None]:
     """Show a long step while it runs, and how long it took."""
-    import time  # noqa: PLC0415
-
     started = time.perf_counter()
     if _console.is_terminal:
         with _console.status(description):

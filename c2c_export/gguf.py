@@ -1,13 +1,12 @@
 """Convert a `.gguf` file to a Hugging Face folder, once: the folder is kept in a cache and found by the file's sha256.
 
 The conversion is transformers' own (`from_pretrained(gguf_file=…)`), weights dequantised to float32. It takes minutes,
-nearly all of it spent in reading the token lists element by element, so the file is parsed only once and the result kept.
+most of them for reading the token lists element by element, so the file is parsed only once and the result is kept.
 The cache is `$C2C_EXPORT_CACHE`, or `c2c-export` in `$XDG_CACHE_HOME` or `~/.cache`; it may be deleted at any time.
 """
 
 import contextlib
 import functools
-import logging
 import os
 import shutil
 import tempfile
@@ -35,8 +34,13 @@ def convert_gguf(path: Path) -> Path:
     folder = cache_folder() / "gguf" / sha256_of(path)
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
+    except OSError as error:
+        raise C2CError(
+            f"{folder.parent}: cannot be written ({error.strerror}); set C2C_EXPORT_CACHE to a folder for conversions"
+        ) from error
     try:
         _convert(path, partial)
         partial.chmod(0o755)
@@ -53,7 +57,7 @@ def convert_gguf(path: Path) -> Path:
 
 
 def _convert(path: Path, folder: Path) -> None:
-    with _parse_once(), _quiet_transformers():
+    with _parse_once():
         try:
             where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
@@ -72,19 +76,8 @@ def _convert(path: Path, folder: Path) -> None:
 def _parse_once() -> Iterator[None]:
     """Let configuration, weights and tokenizer, which transformers loads separately, share one parsed file."""
     reader = gguf.GGUFReader
-    gguf.GGUFReader = functools.lru_cache(maxsize=1)(reader)  # type: ignore[misc]
+    gguf.GGUFReader = functools.lru_cache(maxsize=1)(reader)
     try:
         yield
     finally:
-        gguf.GGUFReader = reader  # type: ignore[misc]
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+        gguf.GGUFReader = reader

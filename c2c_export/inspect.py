@@ -25,7 +25,9 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
 
 
 def _models(receiver: ModelRecord, sharers: tuple[SharerRecord, ...]) -> Table:
-    table = Table("model", "architecture", "layers", "KV heads × size", "vocabulary", "window", "chat template", "source")
+    table = Table(
+        "model", "architecture", "layers", "KV heads × size", "vocabulary", "window", "chat template", "source"
+    )
     for name, model in [("receiver", receiver), *((f"sharer {i}", s.model) for i, s in enumerate(sharers))]:
         table.add_row(
             name,
@@ -42,20 +44,30 @@ def _models(receiver: ModelRecord, sharers: tuple[SharerRecord, ...]) -> Table:
 
 def _layer_map(number: int, sharer: SharerRecord) -> Table:
     strategy = f", alignment strategy {sharer.alignment_strategy}" if sharer.alignment_strategy else ""
-    open_gates = sum(link.key_gate_open + link.value_gate_open for link in sharer.links)
+    num_open = sum(link.key_gate_open + link.value_gate_open for link in sharer.links)
+    gates = f"{num_open} of {2 * len(sharer.links)} gates open"
     table = Table(
         "receiver layer",
         "sharer layer",
         "projector",
         "K gate",
         "V gate",
-        title=f"fuser {number}: {escape(sharer.fuser_source)}{strategy}, {open_gates} of {2 * len(sharer.links)} gates open",
+        title=f"fuser {number}: {escape(sharer.fuser_source)}{strategy}, {gates}",
         title_justify="left",
     )
     for link in sharer.links:
-        gates = ["[green]open[/]" if is_open else "[red]closed[/]" for is_open in (link.key_gate_open, link.value_gate_open)]
-        table.add_row(str(link.receiver_layer), str(link.sharer_layer), str(link.projector), *gates)
+        table.add_row(
+            str(link.receiver_layer),
+            str(link.sharer_layer),
+            str(link.projector),
+            _gate(link.key_gate_open),
+            _gate(link.value_gate_open),
+        )
     return table
+
+
+def _gate(is_open: bool) -> str:
+    return "[green]open[/]" if is_open else "[red]closed[/]"
 
 
 def _graphs(bundle: Bundle) -> Table:
@@ -76,7 +88,14 @@ def _engines(bundle: Bundle) -> Table:
     table = Table("engine", "precision", "size", "check")
     for engine in bundle.manifest.engines.values():
         num_bytes = sum(
-            path.stat().st_size for graph in engine.graphs.values() for path in bundle.file(graph).parent.glob(f"{bundle.file(graph).name}*")
+            path.stat().st_size
+            for graph in engine.graphs.values()
+            for path in bundle.file(graph).parent.glob(f"{bundle.file(graph).name}*")
         )
-        table.add_row(engine.target, engine.precision, f"{num_bytes / 1e6:.1f} MB", "not checked" if engine.check is None else "checked")
+        table.add_row(
+            engine.target,
+            engine.precision,
+            f"{num_bytes / 1e6:.1f} MB",
+            "not checked" if engine.check is None else "checked",
+        )
     return table

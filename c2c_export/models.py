@@ -4,6 +4,7 @@ In: a local folder in Hugging Face's layout. Out: a `LanguageModel`. Supported a
 `SUPPORTED_ARCHITECTURES`; others are refused by name, as is what the portable graphs cannot express.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,13 +41,22 @@ class ModelShape:
 
 def read_config(folder: Path) -> Any:
     """The model's transformers configuration. Raises `C2CError` when it is missing, broken or not supported."""
-    if not (folder / "config.json").is_file():
+    path = folder / "config.json"
+    if not path.is_file():
         raise C2CError(f"{folder}: no config.json; expected a Hugging Face model folder")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise C2CError(f"{path}: not valid JSON ({error}); download or copy the model again") from error
+    if not isinstance(content, dict):
+        raise C2CError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+    # before transformers reads it, which knows some architectures only by running the repository's own code
+    _check_architecture(path, content)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a broken field leads to
-        raise C2CError(f"{folder / 'config.json'}: transformers cannot read it: {_first_line(error)}") from error
-    _check_supported(folder / "config.json", config)
+        raise C2CError(f"{path}: transformers cannot read it: {_first_line(error)}") from error
+    _check_supported(path, config)
     return config
 
 
@@ -71,7 +81,13 @@ def load_weights(folder: Path, config: Any) -> PreTrainedModel:
     """
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+            folder,
+            config=config,
+            dtype=torch.float32,
+            local_files_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # else the error does not say which tensor
+            output_loading_info=True,
         )
     except Exception as error:  # safetensors, torch and transformers each have their own kinds
         raise C2CError(f"{folder}: the weights cannot be loaded: {_first_line(error)}") from error
@@ -89,11 +105,17 @@ def load_weights(folder: Path, config: Any) -> PreTrainedModel:
 
 
 def read_stop_ids(folder: Path, config: Any, tokenizer_end_id: int | None) -> tuple[int, ...]:
-    """The ids that end a generation: the generation config's, else the model config's, else the tokenizer's end id."""
-    try:
-        generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:
-        generation = GenerationConfig.from_model_config(config)
+    """The ids that end a generation: the generation config's, else the model config's, else the tokenizer's end id.
+
+    Raises `C2CError` when there is a generation config that cannot be read.
+    """
+    path = folder / "generation_config.json"
+    generation = GenerationConfig.from_model_config(config)
+    if path.is_file():
+        try:
+            generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # transformers raises whatever a broken field leads to
+            raise C2CError(f"{path}: transformers cannot read it: {_first_line(error)}") from error
     for ids in (generation.eos_token_id, config.eos_token_id, tokenizer_end_id):
         if ids is not None:
             return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
@@ -118,11 +140,15 @@ def model_record(source: str, folder: Path, shape: ModelShape, chat_template: st
     )
 
 
-def _check_supported(path: Path, config: Any) -> None:
-    if config.model_type not in SUPPORTED_ARCHITECTURES:
-        found = ", ".join(getattr(config, "architectures", None) or [config.model_type])
+def _check_architecture(path: Path, content: dict[str, Any]) -> None:
+    model_type = content.get("model_type")
+    if model_type not in list(SUPPORTED_ARCHITECTURES):
+        found = ", ".join(map(str, content.get("architectures") or [model_type]))
         known = ", ".join(SUPPORTED_ARCHITECTURES.values())
         raise C2CError(f"{path}: architecture {found} is not supported; supported are {known}")
+
+
+def _check_supported(path: Path, config: Any) -> None:
     if getattr(config, "quantization_config", None) is not None:
         raise C2CError(f"{path}: field quantization_config: pass the unquantised model; engines are quantised by build")
     if getattr(config, "attn_logit_softcapping", None) is not None:

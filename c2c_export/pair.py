@@ -36,7 +36,9 @@ from c2c_export.bundle import (
 from c2c_export.checkpoint import FuserCheckpoint, check_fuser_fits, read_fuser
 from c2c_export.errors import C2CError, UsageError
 from c2c_export.models import ModelShape, load_weights, model_record, read_config, read_stop_ids, shape_of
-from c2c_export.passes import FUSER_PASSES, RECEIVER_PASSES, CacheName, Pass, apply_passes, sharer_passes
+from c2c_export.passes import FUSER_PASSES, RECEIVER_PASSES, Pass, apply_passes, sharer_passes
+from c2c_export.passes.prune_sharer import CacheName
+from c2c_export.quiet import quiet_libraries
 from c2c_export.sources import resolve_fuser, resolve_model
 from c2c_export.tokenizer import BundledTokenizer
 from c2c_export.tokenizer_source import choose_chat_template, load_tokenizer, write_tokenizer
@@ -85,10 +87,15 @@ def export_pair(options: PairOptions, step: Step) -> Path:
     Raises `UsageError` for wrong options and `C2CError` for anything that the models, the fusers or the machine lack.
     """
     _check_options(options)
+    with quiet_libraries():
+        return _export_pair(options, step)
+
+
+def _export_pair(options: PairOptions, step: Step) -> Path:
     with step("Reading models and fusers"):
         fusers = [read_fuser(resolve_fuser(source)) for source in options.fusers]
         trained_with = [fuser.folder for fuser in fusers]
-        overrides = list(options.sharer_chat_templates) or [None] * len(fusers)
+        overrides: Sequence[Path | None] = options.sharer_chat_templates or [None] * len(fusers)
         receiver = _read_model(
             options.receiver, options.receiver_chat_template, trained_with[0] / "receiver_chat_template.jinja"
         )
@@ -118,7 +125,8 @@ def export_pair(options: PairOptions, step: Step) -> Path:
 def _check_options(options: PairOptions) -> None:
     if not options.sharers or len(options.sharers) != len(options.fusers):
         raise UsageError(
-            f"{len(options.sharers)} sharer(s) and {len(options.fusers)} fuser(s) given; expected one --fuser per --sharer"
+            f"{len(options.sharers)} sharer(s) and {len(options.fusers)} fuser(s) given; "
+            "expected one --fuser per --sharer"
         )
     if options.sharer_chat_templates and len(options.sharer_chat_templates) != len(options.sharers):
         raise UsageError(
@@ -186,6 +194,7 @@ def _write_bundle(
 ) -> None:
     aligned = fusers[0].aligned
     mode = options.fusion_mode or fusers[0].fusion_mode or "parallel"
+    stop_ids = read_stop_ids(receiver.folder, receiver.config, receiver.tokenizer.eos_token_id)
     for name in ("graphs", "alignment", "tokenizers"):
         (root / name).mkdir()
     receiver_tokenizer = _write_tokenizer(receiver, root / "tokenizers" / "receiver")
@@ -213,7 +222,7 @@ def _write_bundle(
             max_length=options.max_length,
             aligned=aligned,
             fusion_mode=mode,
-            stop_ids=read_stop_ids(receiver.folder, receiver.config, receiver.tokenizer.eos_token_id),
+            stop_ids=stop_ids,
             receiver=receiver.record,
             receiver_graph=receiver_graph,
             sharers=tuple(records),
@@ -278,9 +287,7 @@ def _export_sharer(
     )
     sharer_graph = fuser_graph = None
     if read:
-        sharer_graph = _export_decoder(
-            root, f"sharer{number}", sharer, sharer_passes(read), options.max_length, step
-        )
+        sharer_graph = _export_decoder(root, f"sharer{number}", sharer, sharer_passes(read), options.max_length, step)
         with step(f"Tracing fuser {number} ({len(links)} projectors)"):
             graph = trace_fuser(
                 fuser,
@@ -315,7 +322,8 @@ def _save_graph(root: Path, name: str, graph: ir.Model, passes: Sequence[tuple[s
     free = shutil.disk_usage(root).free
     if num_bytes > free:
         raise C2CError(
-            f"{root.parent}: the disk is full: the {name} graph needs {num_bytes / 1e9:.2f} GB, {free / 1e9:.2f} are free"
+            f"{root.parent}: the disk is full: the {name} graph needs {num_bytes / 1e9:.2f} GB, "
+            f"{free / 1e9:.2f} GB are free; nothing was left behind"
         )
     relative = f"graphs/{name}.onnx"
     ir.save(graph, root / relative, external_data=f"{name}.onnx.data")
@@ -330,7 +338,9 @@ def _save_graph(root: Path, name: str, graph: ir.Model, passes: Sequence[tuple[s
 
 
 def _spec(value: ir.Value) -> TensorSpec:
-    assert value.name is not None and value.dtype is not None and value.shape is not None
+    assert value.name is not None
+    assert value.dtype is not None
+    assert value.shape is not None
     shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
     return TensorSpec(name=value.name, dtype=value.dtype.numpy().name, shape=shape)
 

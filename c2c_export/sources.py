@@ -1,9 +1,9 @@
 """Where models and fusers come from: a folder, a hub id, or a `.gguf` file, each turned into a local folder.
 
-    folder                         used as it is
-    id, id@revision                downloaded by huggingface_hub, or found in its cache (HF_HUB_OFFLINE is honoured)
-    id:subfolder[@revision]        for fusers, for example nics-efc/C2C_Fuser:qwen3_0.6b+qwen2.5_0.5b_Fuser
-    file.gguf                      converted once by transformers' own loader, see `c2c_export.gguf`
+folder                         used as it is
+id, id@revision                downloaded by huggingface_hub, or found in its cache (HF_HUB_OFFLINE is honoured)
+id:subfolder[@revision]        for fusers, for example nics-efc/C2C_Fuser:qwen3_0.6b+qwen2.5_0.5b_Fuser
+file.gguf                      converted once by transformers' own loader, see `c2c_export.gguf`
 """
 
 import re
@@ -14,9 +14,7 @@ from huggingface_hub import snapshot_download
 from c2c_export.errors import C2CError, UsageError
 from c2c_export.gguf import convert_gguf
 
-_HUB_ID = re.compile(
-    r"(?P<repository>[\w.-]+/[\w.-]+)(?P<subfolder>:[^@]+)?(?P<revision>@[\w./-]+)?", flags=re.ASCII
-)
+_HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?P<subfolder>:[^@]+)?(?P<revision>@[\w./-]+)?", flags=re.ASCII)
 _MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 
 
@@ -26,7 +24,7 @@ def resolve_model(source: str) -> Path:
     Raises `UsageError` when it is neither a path nor a hub id, `C2CError` when it cannot be downloaded or converted.
     """
     path = Path(source)
-    if path.is_dir():
+    if source and path.is_dir():
         return path
     if path.suffix == ".gguf":
         if not path.is_file():
@@ -40,7 +38,7 @@ def resolve_model(source: str) -> Path:
 def resolve_fuser(source: str) -> Path:
     """The local folder of the fuser checkpoint that `source` names; errors as in `resolve_model`."""
     path = Path(source)
-    if path.is_dir():
+    if source and path.is_dir():
         return path
     if path.exists():
         raise UsageError(f"{source}: expected a fuser checkpoint folder")

@@ -44,7 +44,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if not folder.is_dir():
         raise C2CError(f"{folder}: no such folder; expected a Hugging Face model folder with a tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever the broken file leads to
         reason = str(error).strip().partition("\n")[0]
         raise C2CError(f"{folder}: its tokenizer cannot be loaded ({reason}); expected a {TOKENIZER_NAME}") from error

@@ -24,7 +24,10 @@ class Decoder:
         names = {spec.name for spec in engine.inputs}
         allocate = engine.device.allocate
         # One token more than the capacity: a closing padding token may follow a prompt that fills the cache.
-        self._by_token = {name: allocate((max_length + 1,), "int64") for name in ("input_ids", "position_ids")}
+        # A sharer of which only the first layer's values are read has no position_ids.
+        self._by_token = {
+            name: allocate((max_length + 1,), "int64") for name in ("input_ids", "position_ids") if name in names
+        }
         self._by_request = {
             name: allocate((1,), "int64") for name in ("write_index", "kv_length", "last_token") if name in names
         }
@@ -37,8 +40,13 @@ class Decoder:
                 self._logits = allocate((1, 1, int(spec.shape[2])), spec.dtype)
 
     def run(
-        self, slot: int, ids: Sequence[int] | Int64Array, position_ids: Sequence[int] | Int64Array, write_index: int,
-        *, num_hidden: int = 0,
+        self,
+        slot: int,
+        ids: Sequence[int] | Int64Array,
+        position_ids: Sequence[int] | Int64Array,
+        write_index: int,
+        *,
+        num_hidden: int = 0,
     ) -> None:
         """Compute S tokens, writing their keys and values into the slot's rows from `write_index` on.
 
@@ -47,9 +55,10 @@ class Decoder:
         """
         num_tokens = len(ids)
         bindings: dict[str, View] = {}
-        for name, values in (("input_ids", ids), ("position_ids", position_ids)):
-            self._by_token[name].write(np.asarray(values, dtype=np.int64), slice(0, num_tokens))
-            bindings[name] = self._by_token[name].view(shape=(1, num_tokens))
+        tokens = {"input_ids": ids, "position_ids": position_ids}
+        for name, buffer in self._by_token.items():
+            buffer.write(np.asarray(tokens[name], dtype=np.int64), slice(0, num_tokens))
+            bindings[name] = buffer.view(shape=(1, num_tokens))
         scalars = {
             "write_index": write_index,
             "kv_length": write_index + num_tokens - num_hidden,

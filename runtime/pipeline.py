@@ -1,7 +1,7 @@
 """`C2CPipeline`: a bundle's engines, caches and tokenizers, and the calls that a user makes.
 
-    pipe = C2CPipeline.from_bundle("demo.bundle")
-    print(pipe.generate("Which country is the city of Porto in?").text)
+pipe = C2CPipeline.from_bundle("demo.bundle")
+print(pipe.generate("Which country is the city of Porto in?").text)
 """
 
 import os
@@ -64,7 +64,7 @@ class C2CPipeline:
     ) -> "C2CPipeline":
         """Open the bundle at `path` and load its engine of that name and precision.
 
-        `num_slots` is how many sessions may be open at once; their caches are allocated here, and take memory when used.
+        `num_slots` is how many sessions may be open at once; their caches are allocated here and take memory when used.
         `num_threads` per engine defaults to the physical cores. Raises `BundleError` when a file of the bundle is
         missing or changed, `UsageError` when it has no such engine.
         """
@@ -111,16 +111,21 @@ class C2CPipeline:
         sharers: Sequence[int] | None = None,
         **options: Any,
     ) -> Iterator[Chunk]:
-        """As `generate`, yielding `Chunk`s; prompt and options are checked, and the prompt prefilled, before it returns."""
+        """As `generate`, yielding `Chunk`s. When it returns, options are checked and the prompt is prefilled."""
         session = self.prefill(_one_prompt(messages, input_ids), fuse=fuse, sharers=sharers)
-        return _stream_and_close(session, session.stream(**options))
+        try:
+            chunks = session.stream(**options)
+        except BaseException:
+            session.close()
+            raise
+        return _stream_and_close(session, chunks)
 
     def release_slot(self, slot: int) -> None:
         """Make a session's slot free for another; sessions do it themselves."""
         self._free_slots.append(slot)
 
     def make_plan(self, messages: list[Message] | None, ids: Sequence[int], sharers: tuple[int, ...]) -> Plan:
-        """The plan for messages, or for ids when `messages` is None. Raises `UsageError` when it exceeds the capacity."""
+        """The plan for messages, or for ids when `messages` is None; `UsageError` when it exceeds the capacity."""
         if messages is None:
             plan = self._planner.plan_ids(ids, sharers=sharers)
         else:
@@ -129,8 +134,8 @@ class C2CPipeline:
         needed += plan.closing_padding_id is not None
         if needed > self.bundle.manifest.max_length:
             raise UsageError(
-                f"the prompt takes {needed} tokens, this bundle's capacity is {self.bundle.manifest.max_length}; shorten "
-                "it, or export with a larger --max-length"
+                f"the prompt takes {needed} tokens, this bundle's capacity is {self.bundle.manifest.max_length}; "
+                "shorten it, or export with a larger --max-length"
             )
         return plan
 
@@ -173,4 +178,3 @@ def _one_prompt(messages: str | Sequence[Any] | None, input_ids: Sequence[int] |
 def _stream_and_close(session: Session, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
     with session:
         yield from chunks
-

@@ -6,7 +6,7 @@ up to the end of each fused section, whose rows are then fused before the next s
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -55,14 +55,14 @@ class Prefiller:
     """The engines of a bundle, over one pool of slots."""
 
     def __init__(self, receiver: Decoder, sharers: Mapping[int, Decoder], fusers: Mapping[int, Fuser]) -> None:
-        """`sharers` and `fusers` lack the numbers of sharers whose gates are all closed: nothing is computed for them."""
+        """`sharers` and `fusers` lack the sharers whose gates are all closed: nothing is computed for them."""
         self._receiver = receiver
         self._sharers = sharers
         self._fusers = fusers
 
     def run(self, slot: int, state: SlotState, plan: Plan) -> PrefillTimings:
         """Bring `slot` from `state` to `plan`, updating `state`; afterwards the receiver's logits are the prompt's."""
-        target = _state_of(plan)
+        target = _state_of(plan, self._fusers.keys())
         reusable_sharer_rows = {
             number: _common_rows(state.sharers.get(number, NO_TOKENS), tokens)
             for number, tokens in target.sharers.items()
@@ -72,7 +72,7 @@ class Prefiller:
         started = time.perf_counter()
         for number, tokens in target.sharers.items():
             done = reusable_sharer_rows[number]
-            if number in self._sharers and done < len(tokens.ids):
+            if done < len(tokens.ids):
                 self._sharers[number].run(slot, tokens.ids[done:], tokens.position_ids[done:], done)
         sharer_seconds = time.perf_counter() - started
 
@@ -104,26 +104,29 @@ class Prefiller:
     def _fuse(self, slot: int, target: SlotState, section: FusedRows) -> None:
         rows = range(section.start, section.stop)
         positions = target.receiver.position_ids[section.start : section.stop]
-        selected = [number for number in sorted(target.sharers) if number in self._fusers]
+        selected = sorted(target.sharers)
         names = frozenset[str]().union(*(self._fusers[number].unfused_names for number in selected))
         unfused = {name: self._receiver.pool.read_rows(name, slot, rows.start, rows.stop) for name in names}
         for number in selected:
             sharer_rows: Int64Array = np.searchsorted(target.sharers[number].position_ids, positions).astype(np.int64)
-            self._fusers[number].run(
-                self._receiver.pool, self._sharers[number].pool, slot, rows, sharer_rows, unfused
-            )
+            self._fusers[number].run(self._receiver.pool, self._sharers[number].pool, slot, rows, sharer_rows, unfused)
 
 
-def _state_of(plan: Plan) -> SlotState:
-    """The rows that `plan` wants. Sharer tokens behind the last fused position are left out: nothing reads them."""
+def _state_of(plan: Plan, computed: Collection[int]) -> SlotState:
+    """The rows that `plan` wants of the receiver and of those of its sharers that are computed at all.
+
+    With none of them no section is fused, so that such a prompt is computed bit for bit like the receiver's alone.
+    Sharer tokens behind the last fused position are left out: nothing reads them.
+    """
+    selected = {number: tokens for number, tokens in plan.sharers.items() if number in computed}
     fused = []
     for section in plan.sections:
-        if section.fused:
+        if section.fused and selected:
             start, stop = np.searchsorted(plan.receiver.position_ids, (section.start, section.stop))
             fused.append(FusedRows(int(start), int(stop), section.stop))
     last_position = fused[-1].stop_position if fused else 0
     sharers = {}
-    for number, tokens in plan.sharers.items():
+    for number, tokens in selected.items():
         num_rows = int(np.searchsorted(tokens.position_ids, last_position))
         sharers[number] = ModelTokens(tokens.ids[:num_rows], tokens.position_ids[:num_rows])
     return SlotState(plan.receiver, sharers, tuple(fused))

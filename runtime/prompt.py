@@ -137,7 +137,7 @@ class PromptPlanner:
         The sharers of an aligned pair read the counterparts of the ids. Raises `UsageError` when `ids` is empty, not a
         row of integers, or holds an id that a model does not embed.
         """
-        plan = self._plan_row(_parse_ids(ids), sharers)
+        plan = self._plan_row(parse_ids(ids), sharers)
         self._check_sharers_embed(plan)
         return plan
 
@@ -416,7 +416,8 @@ def _check_range(ids: _Int64Array, vocab: int, tokenizer: BundledTokenizer, mode
         )
 
 
-def _parse_ids(ids: Sequence[int] | npt.NDArray[Any]) -> _Int64Array:
+def parse_ids(ids: Sequence[int] | npt.NDArray[Any]) -> _Int64Array:
+    """Token ids as int64 [n]; `UsageError` when there are none, or when they are not a row of integers."""
     try:
         row = np.asarray(ids)
     except ValueError as error:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from c2c_export.errors import UsageError
 from runtime.detokenizer import Detokenizer
 from runtime.prefill import PrefillTimings, SlotState
-from runtime.prompt import Message, Plan, parse_messages
+from runtime.prompt import Message, Plan, parse_ids, parse_messages
 from runtime.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:
@@ -83,7 +83,9 @@ class Session:
         self._last_logits = self._logits
         self._next_position = 0
         self._reply_ids: list[int] = []
-        self._reply_text = ""
+        # A stop string ends the text earlier than the ids: what it left of the first so many of them.
+        self._cut_reply, self._num_cut_ids = "", 0
+        self._current_stream: object = None
         self._prefill_seconds = 0.0
         self._timings = PrefillTimings(0.0, 0.0, 0.0)
 
@@ -109,6 +111,7 @@ class Session:
 
     def kv(self, layer: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Copies of a receiver layer's key and value, each [Ht, n, Dt]: the real rows, fused where they were."""
+        self._check_open()
         num_layers = self._pipeline.bundle.manifest.receiver.num_layers
         if not 0 <= layer < num_layers:
             raise UsageError(f"layer {layer}: the receiver has layers 0 to {num_layers - 1}")
@@ -127,7 +130,7 @@ class Session:
         if _is_ids(prompt):
             raise UsageError("this session holds messages; append messages, not token ids")
         messages = parse_messages(prompt)  # type: ignore[arg-type]
-        answered = [Message("assistant", self._reply_text)] if self._reply_ids else []
+        answered = [Message("assistant", self._reply_text())] if self._reply_ids else []
         if messages[0].role == "assistant":
             answered = []
         self._start(_Conversation([*self._conversation.messages, *answered, *messages], []))
@@ -166,6 +169,7 @@ class Session:
         stop_strings = (stop,) if isinstance(stop, str) else tuple(stop)
         detokenizer = Detokenizer(self._pipeline.tokenizer, stop_strings)
         sampler = Sampler(_sampling_params(sampling))
+        self._current_stream = sampler
         return self._generate(limit, ignore_eos, detokenizer, sampler)
 
     def close(self) -> None:
@@ -191,7 +195,8 @@ class Session:
         self._plan = self._pipeline.make_plan(conversation.messages, conversation.ids, self._sharers)
         self._timings = self._pipeline.prefiller.run(self._slot, self._state, self._plan)
         self._conversation = conversation
-        self._reply_ids, self._reply_text = [], ""
+        self._reply_ids, self._cut_reply, self._num_cut_ids = [], "", 0
+        self._current_stream = None
         self._next_position = self._plan.num_positions
         self._logits = self._last_logits = self._pipeline.receiver.logits()
         self._prefill_seconds = time.perf_counter() - started
@@ -202,13 +207,14 @@ class Session:
 
     def _check_limit(self, max_new_tokens: int | None) -> int:
         # The last generated token's row is only written when something follows it.
-        room = self._pipeline.bundle.manifest.max_length - len(self.position_ids) + 1
+        capacity, num_rows = self._pipeline.bundle.manifest.max_length, len(self.position_ids)
+        room = capacity - num_rows + 1
         if self._reply_ids:
             room -= 1
         if room < 1:
             raise UsageError(
-                f"the session's {len(self.position_ids)} tokens fill the bundle's capacity of "
-                f"{self._pipeline.bundle.manifest.max_length}; export with a larger --max-length"
+                f"the session's {num_rows} tokens fill the bundle's capacity of {capacity}; "
+                "export with a larger --max-length"
             )
         if max_new_tokens is None:
             return room
@@ -216,35 +222,38 @@ class Session:
             raise UsageError(f"max_new_tokens is {max_new_tokens!r}, expected an integer of at least 1")
         if max_new_tokens > room:
             raise UsageError(
-                f"{len(self.position_ids)} prompt tokens and max_new_tokens={max_new_tokens} exceed the bundle's capacity "
-                f"of {self._pipeline.bundle.manifest.max_length}; ask for at most {room}, shorten the prompt, or export "
-                "with a larger --max-length"
+                f"{num_rows} prompt tokens and max_new_tokens={max_new_tokens} exceed the bundle's capacity of "
+                f"{capacity}; ask for at most {room}, shorten the prompt, or export with a larger --max-length"
             )
         return max_new_tokens
 
-    def _generate(
-        self, limit: int, ignore_eos: bool, detokenizer: Detokenizer, sampler: Sampler
-    ) -> Iterator[Chunk]:
+    def _generate(self, limit: int, ignore_eos: bool, detokenizer: Detokenizer, sampler: Sampler) -> Iterator[Chunk]:
         started = first_token_at = time.perf_counter()
         stop_ids = frozenset() if ignore_eos else frozenset(self._pipeline.bundle.manifest.stop_ids)
         token_ids: list[int] = []
         stopped = False
-        try:
-            while len(token_ids) < limit and not stopped:
-                if self._reply_ids:
-                    self._step(self._reply_ids[-1])
-                token_id = sampler.sample(self._last_logits, self.token_ids)
-                if not token_ids:
-                    first_token_at = time.perf_counter()
-                token_ids.append(token_id)
-                self._reply_ids.append(token_id)
-                stopped = token_id in stop_ids
-                text = "" if stopped else detokenizer.push(token_id)
-                stopped = stopped or detokenizer.stopped
-                yield Chunk(text, [token_id])
-            rest = detokenizer.finish()
-        finally:  # also when the caller stops reading: what was generated so far is the reply
-            self._reply_text += detokenizer.text
+        reply_before = self._reply_text()
+        while len(token_ids) < limit and not stopped:
+            self._check_open()
+            if self._current_stream is not sampler:
+                raise UsageError("this stream ended when its session went on with another stream or turn")
+            if self._reply_ids:
+                self._step(self._reply_ids[-1])
+            token_id = sampler.sample(self._last_logits, self.token_ids)
+            if not token_ids:
+                first_token_at = time.perf_counter()
+            token_ids.append(token_id)
+            self._reply_ids.append(token_id)
+            stopped = token_id in stop_ids
+            text = "" if stopped else detokenizer.push(token_id)
+            if detokenizer.stopped:
+                stopped = True
+                self._cut_reply, self._num_cut_ids = reply_before + detokenizer.text, len(self._reply_ids)
+            yield Chunk(text, [token_id])
+        rest = detokenizer.finish()
+        if detokenizer.stopped:  # finish() may find one too
+            stopped = True
+            self._cut_reply, self._num_cut_ids = reply_before + detokenizer.text, len(self._reply_ids)
         timings = Timings(
             sharer_prefill=self._timings.sharer_prefill,
             receiver_prefill=self._timings.receiver_prefill,
@@ -253,6 +262,10 @@ class Session:
             decode=time.perf_counter() - first_token_at,
         )
         yield Chunk(rest, [], Generation(detokenizer.text, token_ids, "stop" if stopped else "length", timings))
+
+    def _reply_text(self) -> str:
+        rest = self._pipeline.tokenizer.decode(self._reply_ids[self._num_cut_ids :], skip_special_tokens=True)
+        return self._cut_reply + rest
 
     def _step(self, token_id: int) -> None:
         row = len(self.position_ids)
@@ -273,12 +286,16 @@ def _sampling_params(options: Mapping[str, Any]) -> SamplingParams:
 def _is_ids(prompt: Any) -> bool:
     if isinstance(prompt, np.ndarray):
         return True
-    return isinstance(prompt, Sequence) and not isinstance(prompt, str) and bool(prompt) and not any(
-        isinstance(part, Mapping | Message | str) for part in prompt
+    return (
+        isinstance(prompt, Sequence)
+        and not isinstance(prompt, str)
+        and bool(prompt)
+        and not any(isinstance(part, Mapping | Message | str) for part in prompt)
     )
 
 
 def _as_ids(prompt: Any) -> list[int]:
-    if isinstance(prompt, str) or (prompt and not _is_ids(prompt)):
+    if isinstance(prompt, str) or (not isinstance(prompt, np.ndarray) and prompt and not _is_ids(prompt)):
         raise UsageError("this session holds token ids; append token ids, not messages")
-    return [int(token) for token in prompt]
+    ids: list[int] = parse_ids(prompt).tolist()
+    return ids

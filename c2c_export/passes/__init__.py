@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 
+from c2c_export.passes.fold_constants import fold_constants
 from c2c_export.passes.fold_gates import fold_gates
 from c2c_export.passes.fuse_rms_norms import fuse_rms_norms
 from c2c_export.passes.fuse_rotary import fuse_rotary
@@ -25,6 +26,7 @@ RECEIVER_PASSES: Sequence[tuple[str, Pass]] = (
 
 FUSER_PASSES: Sequence[tuple[str, Pass]] = (
     ("fold_gates", fold_gates),
+    ("fold_constants", fold_constants),
     ("fuse_rms_norms", fuse_rms_norms),
     ("share_equal_nodes", share_equal_nodes),
     ("remove_unused", remove_unused),

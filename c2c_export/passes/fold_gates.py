@@ -15,7 +15,8 @@ def fold_gates(model: ir.Model) -> int:
     comparisons = [node for node in graph if node.op_type == "Greater" and _is_gate(node.inputs[0])]
     for comparison in comparisons:
         logit = comparison.inputs[0]
-        assert logit is not None and logit.const_value is not None
+        assert logit is not None
+        assert logit.const_value is not None
         multiplication = _only_user(comparison.outputs[0])
         while multiplication.op_type != "Mul":  # a Cast stands between the comparison and the product
             multiplication = _only_user(multiplication.outputs[0])
@@ -38,8 +39,8 @@ def _only_user(value: ir.Value) -> ir.Node:
 
 def _remove_factor(multiplication: ir.Node) -> None:
     """Let the users of `gate * x` use x."""
-    gate, product = multiplication.inputs
-    assert gate is not None and product is not None
+    _, product = multiplication.inputs
+    assert product is not None
     ir.convenience.replace_all_uses_with(multiplication.outputs[0], product)
 
 

@@ -27,5 +27,19 @@ def prune_sharer(model: ir.Model, read: frozenset[CacheName]) -> int:
     dropped = [output for output in model.graph.outputs if not needed(output.name or "")]
     for output in dropped:
         model.graph.outputs.remove(output)
+    _measure_input_ids(model.graph)
     remove_unused(model)
     return len(dropped)
+
+
+def _measure_input_ids(graph: ir.Graph) -> None:
+    """Take sizes from `input_ids`, which always stays, so that no other input stays for its size alone."""
+    input_ids = next(value for value in graph.inputs if value.name == "input_ids")
+    assert input_ids.shape is not None
+    for value in graph.inputs:
+        assert value.shape is not None
+        for node, _ in tuple(value.uses()):
+            if node.op_type == "Shape" and "end" in node.attributes:
+                end = node.attributes["end"].as_int()
+                if value.shape.dims[:end] == input_ids.shape.dims[:end]:
+                    node.replace_input_with(0, input_ids)

@@ -1,4 +1,4 @@
-"""Compute once what several nodes compute alike: the rotary angles of all layers, a sharer layer that many targets read."""
+"""Compute once what several nodes compute alike: the rotary angles of all layers, rows that many projectors read."""
 
 import onnx_ir as ir
 from onnx_ir.passes import common

@@ -1,0 +1,1 @@
+"""From torch modules to portable ONNX graphs: decoders (receiver and sharers) and fusers."""

@@ -56,9 +56,12 @@ def trace_decoder(model: PreTrainedModel, max_length: int) -> ir.Model:
     config._attn_implementation = _ATTENTION
     try:
         program = torch.onnx.export(
-            _Decoder(model, window),
+            _Decoder(model, window).eval(),
             kwargs={**{name: tensor for name, (tensor, _) in inputs.items()}, "caches": caches},
-            dynamic_shapes={**{name: dims for name, (_, dims) in inputs.items()}, "caches": [{0: batch} for _ in caches]},
+            dynamic_shapes={
+                **{name: dims for name, (_, dims) in inputs.items()},
+                "caches": [{0: batch} for _ in caches],
+            },
             input_names=[*inputs, *(f"past_{name}" for name in cache_names)],
             output_names=["logits", *cache_names],
             opset_version=OPSET,
@@ -74,11 +77,17 @@ def trace_decoder(model: PreTrainedModel, max_length: int) -> ir.Model:
 def sliding_window_of(config: Any) -> int | None:
     """The window, in positions, of the layers that have one; None when every layer attends to everything."""
     window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)
-    if window is None or (layer_types is not None and "sliding_attention" not in layer_types):
+    if window is None:
         return None
-    # Llama configs know no window; Mistral's applies it to every layer, without layer types.
-    return int(window)
+    # Mistral has one window for all layers. Others may carry the field of another architecture, which they ignore.
+    by_layer = _has_layer_types(config) and "sliding_attention" in config.layer_types
+    has_window = config.model_type == "mistral" or by_layer
+    return int(window) if has_window else None
+
+
+def _has_layer_types(config: Any) -> bool:
+    """Whether the model picks one of two masks per layer."""
+    return config.model_type in ("qwen2", "qwen3", "gemma3_text")
 
 
 class _Decoder(torch.nn.Module):
@@ -130,7 +139,7 @@ class _Decoder(torch.nn.Module):
         if row_position_ids is not None:
             distance = position_ids[:, None, :, None] - row_position_ids[:, None, None, :]
             sliding = full & (distance < self.window)
-        if getattr(self.model.config, "layer_types", None) is not None:
+        if _has_layer_types(self.model.config):
             return {"full_attention": full, "sliding_attention": sliding}
         return sliding
 

@@ -6,8 +6,8 @@ In: a `FuserCheckpoint` and the shapes of both models' caches. Out: an ONNX mode
     sharer_key.<j>, sharer_value.<j> [1,Hs,C,Ds] f32, past_key.<i>, past_value.<i> [1,Ht,C,Dt] f32
     -> key.<i>, value.<i> [1,Ht,C,Dt] f32
 
-The n-th fused token lies in row `sharer_rows[n]` of the sharer's caches and in row `receiver_rows[n]` of the receiver's;
-the receiver's rows are one run that starts at `write_index`. The receiver caches are updated in place: bind the same
+The n-th fused token lies in row `sharer_rows[n]` of the sharer's caches and in row `receiver_rows[n]` of the
+receiver's, whose rows are one run that starts at `write_index`. The receiver caches are updated in place: bind the same
 buffer to `past_key.<i>` and `key.<i>`.
 
 With `separate_unfused` (several sharers, fused in parallel) the projectors read the receiver's rows as they were before
@@ -23,7 +23,8 @@ from typing import Any
 import onnx_ir as ir
 import torch
 
-from c2c_export.checkpoint import FuserCheckpoint, ProjectorWeights
+from c2c_export.checkpoint import FuserCheckpoint
+from c2c_export.projector import ProjectorWeights
 from c2c_export.trace.decoder import OPSET
 
 _EXAMPLE_TOKENS = 3
@@ -64,7 +65,7 @@ def trace_fuser(
         groups["unfused"] = (names, [cache(receiver, _EXAMPLE_TOKENS) for _ in names], {2: tokens})
 
     program = torch.onnx.export(
-        _Fuser(fuser, sharer_layers, receiver),
+        _Fuser(fuser, sharer_layers).eval(),
         kwargs={group: tensors for group, (_, tensors, _) in groups.items()},
         dynamic_shapes={group: [dims] * len(tensors) for group, (_, tensors, dims) in groups.items()},
         input_names=[name for names, _, _ in groups.values() for name in names],
@@ -85,11 +86,10 @@ def _names(prefix: str, layers: list[int]) -> list[str]:
 class _Fuser(torch.nn.Module):
     """All projectors of one sharer over the gathered rows, written back in one run per cache."""
 
-    def __init__(self, fuser: FuserCheckpoint, sharer_layers: list[int], receiver: CacheShape) -> None:
+    def __init__(self, fuser: FuserCheckpoint, sharer_layers: list[int]) -> None:
         super().__init__()
         self.links = fuser.links
         self.sharer_index = {layer: i for i, layer in enumerate(sharer_layers)}
-        self.receiver = receiver
         self.projectors = torch.nn.ModuleDict({str(i): _Projector(w) for i, w in fuser.projectors.items()})
 
     def forward(
@@ -173,17 +173,25 @@ class _Block(torch.nn.Module):
         return x + self.w2(torch.nn.functional.gelu(self.w1(self.norm_weight * normalized)))
 
 
+class _Linear(torch.nn.Module):
+    """`x @ weight.T + bias`, the weight stored transposed so that the graph holds no `Transpose` of a constant."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight.t().contiguous(), requires_grad=False)
+        self.bias = None if bias is None else torch.nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        product = torch.matmul(x, self.weight)
+        return product if self.bias is None else product + self.bias
+
+
 def _blocks(state: dict[str, torch.Tensor], name: str, count: int) -> torch.nn.Sequential:
     return torch.nn.Sequential(*(_Block(state, f"{name}.blocks.{i}") for i in range(count)))
 
 
-def _linear(state: dict[str, torch.Tensor], name: str) -> torch.nn.Linear:
-    weight, bias = state[f"{name}.weight"], state.get(f"{name}.bias")
-    linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        linear.bias = torch.nn.Parameter(bias, requires_grad=False)
-    return linear
+def _linear(state: dict[str, torch.Tensor], name: str) -> "_Linear":
+    return _Linear(state[f"{name}.weight"], state.get(f"{name}.bias"))
 
 
 def _flatten_heads(rows: torch.Tensor) -> torch.Tensor:

@@ -30,6 +30,7 @@ class CpuBuffer(Buffer):
         self.array: Array = raw[offset : offset + num_bytes].view(item).reshape(shape)
 
     def view(self, *index: int, shape: tuple[int, ...] | None = None) -> View:
+        """See `Buffer.view`; the address is that of `array` itself."""
         part = self.array[index] if index else self.array
         shape = part.shape if shape is None else shape
         if int(np.prod(shape)) > part.size:
@@ -37,9 +38,11 @@ class CpuBuffer(Buffer):
         return View(part.ctypes.data, shape, self.dtype, "cpu")
 
     def read(self, *index: int | slice) -> Array:
+        """See `Buffer.read`."""
         return self.array[index].copy()
 
     def write(self, value: Array, *index: int | slice) -> None:
+        """See `Buffer.write`."""
         self.array[index] = value
 
 
@@ -47,11 +50,14 @@ class CpuDevice(Device):
     """The host's memory."""
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
+        """See `Device.allocate`; the system commits the memory page by page, as rows are written."""
         try:
             return CpuBuffer(shape, dtype)
         except MemoryError as error:
             gigabytes = np.prod(shape) * np.dtype(dtype).itemsize / 1e9
-            raise C2CError(f"no memory for a buffer of {gigabytes:.1f} GB; export with a smaller --max-length") from error
+            raise C2CError(
+                f"no memory for a buffer of {gigabytes:.1f} GB; export with a smaller --max-length"
+            ) from error
 
 
 class OrtCpuEngine(Engine):
