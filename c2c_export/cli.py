@@ -14,6 +14,7 @@ from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from c2c_export import __version__
 from c2c_export.errors import C2CError, UsageError
@@ -23,6 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # else "[@revision]" in a help text would be taken for markup
 )
 _console = Console(stderr=True)
 
@@ -32,7 +34,7 @@ def main() -> None:
     try:
         app()
     except C2CError as error:
-        _console.print(f"[bold red]error:[/] {_escaped(str(error))}", highlight=False, soft_wrap=True)
+        _console.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         _console.print("cancelled")
@@ -89,7 +91,7 @@ def pair(
         overwrite=overwrite,
     )
     bundle = export_pair(options, _step)
-    _console.print(f"Wrote {bundle}. Next: c2c-export inspect {bundle}", highlight=False)
+    _console.print(Text(f"Wrote {bundle}. Next: c2c-export inspect {bundle}"), soft_wrap=True)
 
 
 @app.command()
@@ -129,7 +131,7 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after stop tokens.")] = False,
     engine: Annotated[str, typer.Option(help="The engine to run.")] = "ort-cpu",
     precision: Annotated[str, typer.Option(help="The engine's precision.")] = "fp32",
-    threads: Annotated[Optional[int], typer.Option(help="Threads.  [default: physical cores]")] = None,  # noqa: UP045
+    threads: Annotated[Optional[int], typer.Option(help="Threads per engine.  [default: physical cores]")] = None,  # noqa: UP045
     timings: Annotated[bool, typer.Option("--timings", help="Print timings to stderr.")] = False,
 ) -> None:
     """Answer a prompt, streaming the text."""
@@ -188,10 +190,6 @@ def _require(*modules: str, extra: str) -> None:
             f"this command needs {', '.join(missing)}, which the bare install leaves out\n"
             f"Install them with: pip install 'c2c-export[{extra}]'"
         )
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ def write_tokenizer(tokenizer: PreTrainedTokenizerBase, chat_template: str, fold
     backend.no_padding()
     backend.no_truncation()
     folder.mkdir(parents=True, exist_ok=True)
-    backend.save(str(folder / TOKENIZER_NAME))
+    # Not backend.save(), which reports a full disk as a bare Exception.
+    (folder / TOKENIZER_NAME).write_bytes(backend.to_str(pretty=True).encode("utf-8"))
     special = _special_tokens(tokenizer)
     (folder / SPECIAL_TOKENS_NAME).write_text(special.model_dump_json(indent=1) + "\n", encoding="utf-8")
     # As bytes, because write_text() would write \n as the platform's line end.

@@ -25,10 +25,10 @@ class Decoder:
         allocate = engine.device.allocate
         # One token more than the capacity: a closing padding token may follow a prompt that fills the cache.
         # A sharer of which only the first layer's values are read has no position_ids.
-        self._by_token = {
+        self._by_token: dict[str, Buffer] = {
             name: allocate((max_length + 1,), "int64") for name in ("input_ids", "position_ids") if name in names
         }
-        self._by_request = {
+        self._by_request: dict[str, Buffer] = {
             name: allocate((1,), "int64") for name in ("write_index", "kv_length", "last_token") if name in names
         }
         self._row_position_ids: Buffer | None = None
@@ -55,7 +55,7 @@ class Decoder:
         """
         num_tokens = len(ids)
         bindings: dict[str, View] = {}
-        tokens = {"input_ids": ids, "position_ids": position_ids}
+        tokens: dict[str, Sequence[int] | Int64Array] = {"input_ids": ids, "position_ids": position_ids}
         for name, buffer in self._by_token.items():
             buffer.write(np.asarray(tokens[name], dtype=np.int64), slice(0, num_tokens))
             bindings[name] = buffer.view(shape=(1, num_tokens))

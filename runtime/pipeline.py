@@ -36,6 +36,8 @@ class C2CPipeline:
             )
         if num_slots < 1:
             raise UsageError(f"num_slots is {num_slots}, expected at least 1")
+        if num_threads is not None and num_threads < 1:
+            raise UsageError(f"num_threads is {num_threads}, expected at least 1")
         self.bundle = bundle
 
         def load(name: str) -> OrtCpuEngine:
@@ -150,6 +152,8 @@ class C2CPipeline:
             return ()
         if sharers is None:
             return tuple(available)
+        if isinstance(sharers, str) or not isinstance(sharers, Sequence):
+            raise UsageError(f"sharers is {sharers!r}, expected a list of sharer numbers")
         for number in sharers:
             if isinstance(number, bool) or not isinstance(number, int) or number not in available:
                 raise UsageError(f"sharer {number!r}: this bundle has sharers 0 to {len(available) - 1}")
@@ -172,6 +176,8 @@ def _load_planner(bundle: Bundle, receiver: BundledTokenizer) -> PromptPlanner:
 def _one_prompt(messages: str | Sequence[Any] | None, input_ids: Sequence[int] | None) -> Prompt:
     if (messages is None) == (input_ids is None):
         raise UsageError("give either messages or input_ids")
+    if isinstance(input_ids, str):
+        raise UsageError("input_ids is text; give it as messages")
     return messages if messages is not None else input_ids  # type: ignore[return-value]
 
 

@@ -68,6 +68,8 @@ class Prefiller:
             for number, tokens in target.sharers.items()
         }
         first_row = _reusable_rows(state, target, reusable_sharer_rows)
+        # If this call is interrupted, nobody knows what the rows hold.
+        state.receiver, state.sharers, state.fused = NO_TOKENS, {}, ()
 
         started = time.perf_counter()
         for number, tokens in target.sharers.items():

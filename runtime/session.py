@@ -166,6 +166,8 @@ class Session:
         """
         self._check_open()
         limit = self._check_limit(max_new_tokens)
+        if not isinstance(stop, Sequence):
+            raise UsageError(f"stop is {stop!r}, expected a string or a list of strings")
         stop_strings = (stop,) if isinstance(stop, str) else tuple(stop)
         detokenizer = Detokenizer(self._pipeline.tokenizer, stop_strings)
         sampler = Sampler(_sampling_params(sampling))

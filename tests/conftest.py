@@ -1,8 +1,8 @@
 """Fixtures for tests over whole bundles: each bundle exported once per run, and pipelines over them.
 
-Exporting takes from half a minute (recorded pairs) to some minutes (the demo pair), so a bundle is exported when the first
-test asks for it, also when several pytest-xdist workers run. Where the environment variable C2C_EXPORT_TEST_BUNDLES names a
-folder, bundles are kept there and reused by later runs; empty it after a change to the exporter.
+Exporting takes from half a minute (recorded pairs) to some minutes (the demo pair), so a bundle is exported when the
+first test asks for it, once for all workers of pytest-xdist. Where the environment variable C2C_EXPORT_TEST_BUNDLES
+names a folder, bundles are kept there and reused by later runs; empty it after a change to the exporter.
 """
 
 import contextlib

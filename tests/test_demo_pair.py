@@ -1,7 +1,6 @@
-"""The real demo pair against what the reference did on 12 prompts (tests/demo_pair/README.md), and against transformers."""
+"""The real demo pair against the reference on 12 prompts (tests/demo_pair/README.md), and against transformers."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ every_prompt = pytest.mark.parametrize("recorded", RECORDED, ids=range(len(RECOR
 
 
 @pytest.fixture(scope="module")
-def pipe(demo_bundle: Path) -> Iterator[C2CPipeline]:
-    yield C2CPipeline.from_bundle(demo_bundle, num_slots=1)
+def pipe(demo_bundle: Path) -> C2CPipeline:
+    return C2CPipeline.from_bundle(demo_bundle, num_slots=1)
 
 
 def test_twelve_prompts_were_recorded():

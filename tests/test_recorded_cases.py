@@ -57,9 +57,7 @@ def _arrays(folder: str) -> dict[str, Array]:
 def _read(folder: Path) -> list[Recorded]:
     content = json.loads((folder / "case.json").read_text())
     return [
-        Recorded(
-            folder.name, index, content["aligned"], content["num_sharers"], case.get("messages"), case["sections"]
-        )
+        Recorded(folder.name, index, content["aligned"], content["num_sharers"], case.get("messages"), case["sections"])
         for index, case in enumerate(content["cases"])
     ]
 

@@ -204,8 +204,7 @@ def test_an_exported_bundle_runs_from_any_place_and_locks_all_its_files(
     assert set(manifest.files) == files - {"manifest.json"}
     prompt = {"input_ids": [5, 6, 7, 8, 9], "fuse": False, "max_new_tokens": 4, "ignore_eos": True}
     results = [
-        C2CPipeline.from_bundle(place, num_slots=1, num_threads=1).generate(**prompt)
-        for place in (original, moved)
+        C2CPipeline.from_bundle(place, num_slots=1, num_threads=1).generate(**prompt) for place in (original, moved)
     ]
     assert results[0].token_ids == results[1].token_ids
     for name in manifest.files:

@@ -231,9 +231,7 @@ class _Code:
         return os.mkdir, ("code-was-run",)
 
 
-def test_code_in_pickled_weights_is_not_run(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_code_in_pickled_weights_is_not_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"model.norm.weight": _Code()}))

@@ -99,7 +99,9 @@ def test_a_folder_that_the_repository_lacks_is_named(hub: Path) -> None:
     assert "'third'" in refusal(resolve_fuser, "org/fusers:third", C2CError)
 
 
-@pytest.mark.parametrize("source", ["./model", "/no/such/model", "~/model", "model", "a/b/c", "org/tiny@", "org name/x"])
+@pytest.mark.parametrize(
+    "source", ["./model", "/no/such/model", "~/model", "model", "a/b/c", "org/tiny@", "org name/x"]
+)
 def test_what_is_neither_a_path_nor_a_hub_id_is_refused_with_the_forms_that_are(hub: Path, source: str) -> None:
     for resolve in (resolve_model, resolve_fuser):
         message = refusal(resolve, source, UsageError)

@@ -137,9 +137,7 @@ def fuse_with_torch(receiver: Caches, sharers: Iterable[tuple[Path, Caches]], se
         layer_map = json.loads((folder / "final" / "projector_config.json").read_text())["0"]["1"]
         for layer, [[source, projector]] in layer_map.items():
             for kind in ("key", "value"):
-                correction = Projector(folder, projector).correction(
-                    kind, sharer[source][kind], seen[int(layer)][kind]
-                )
+                correction = Projector(folder, projector).correction(kind, sharer[source][kind], seen[int(layer)][kind])
                 fused[int(layer)][kind] = fused[int(layer)][kind] + correction
     return fused
 
@@ -263,7 +261,8 @@ def test_a_stop_id_ends_the_generation_and_stays_out_of_the_text(
     stop = max(set(greedy), key=greedy.index)  # the token that first appears last
     end = greedy.index(stop)
     assert end > 0
-    pipe = with_stop_ids(name, [511, stop])
+    never = next(token for token in range(512) if token not in greedy)
+    pipe = with_stop_ids(name, [never, stop])
     out = pipe.generate(QUESTION, max_new_tokens=40)
     assert (out.token_ids, out.finish_reason) == (greedy[: end + 1], "stop")
     assert out.text == decode(name, greedy[:end])
@@ -301,11 +300,17 @@ def test_a_stop_string_ends_the_text_before_it(name: str, recorded_pipeline: Pip
 @unaligned
 def test_a_stop_string_found_only_at_the_end_is_a_stop(name: str, recorded_pipeline: PipelineOf):
     pipe = recorded_pipeline(name)
-    whole = pipe.generate(QUESTION, max_new_tokens=24, **GREEDY).text
     # The text ends in the beginning of one stop string, inside of which another is complete.
-    longer, inner = whole[-4:] + "never there", whole[-3:]
-    assert whole.index(inner) == len(whole) - 3
-    out = pipe.generate(QUESTION, max_new_tokens=24, stop=[longer, inner], **GREEDY)
+    texts = [pipe.generate(QUESTION, max_new_tokens=count, **GREEDY).text for count in range(4, 16)]
+    ends = [text[-4:] for text in texts]
+    count = next(
+        count
+        for count, (text, end) in enumerate(zip(texts, ends, strict=True), 4)
+        if text.index(end[-3:]) == len(text) - 3 and "\N{REPLACEMENT CHARACTER}" not in end
+    )
+    whole = texts[count - 4]
+    stop = [whole[-4:] + "never there", whole[-3:]]
+    out = pipe.generate(QUESTION, max_new_tokens=count, stop=stop, **GREEDY)
     assert (out.text, out.finish_reason) == (whole[:-3], "stop")
 
 

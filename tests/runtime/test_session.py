@@ -1,4 +1,4 @@
-"""Sessions: further turns equal a fresh session over the whole chat, caches hold real rows only, slots are given back."""
+"""Sessions: further turns equal a fresh session over the whole chat; slots are given back and hold real rows only."""
 
 import gc
 from collections.abc import Callable

@@ -4,6 +4,7 @@ The oracle is transformers in float32 with eager attention over the *padded* pro
 columns masked. The graph gets the real tokens alone, with their gapped positions.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -122,7 +123,7 @@ def test_however_a_prompt_is_cut_into_calls_the_caches_and_logits_are_those_of_t
     expected_logits, expected_caches = oracle(traced.model, ids, positions)
     bounds = list(range(len(ids) + 1)) if isinstance(cuts, str) else [0, *cuts, len(ids)]
     caches = Caches(traced)
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in itertools.pairwise(bounds):
         logits = caches.run(as_row(ids[start:stop]), as_row(positions[start:stop]), [start])
         assert_close(logits[0], expected_logits[stop - 1])
     assert_rows(caches, expected_caches)
@@ -169,9 +170,7 @@ def test_requests_of_different_lengths_decode_together(traced: TracedModel) -> N
         pool.row_position_ids[row] = one.row_position_ids[0]
     logits = pool.run(np.array([[20], [30]]), np.array([[17], [5]]), [11, 4])
     for row, (token, position) in enumerate(((20, 17), (30, 5))):
-        expected_logits, expected_caches = oracle(
-            traced.model, [*prompts[row], token], [*positions[row], position]
-        )
+        expected_logits, expected_caches = oracle(traced.model, [*prompts[row], token], [*positions[row], position])
         assert_close(logits[row], expected_logits[-1])
         assert_rows(pool, expected_caches, request_row=row)
 

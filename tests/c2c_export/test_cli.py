@@ -1,0 +1,259 @@
+"""The command line: complete help, exit codes, errors without a traceback, text streamed to stdout as in the API."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from c2c_export import __version__, cli
+from runtime import C2CPipeline
+
+ROOT = Path(__file__).parents[2]
+ALIGNED = "qwen3_from_llama_aligned"
+PROMPT = "What is the capital of France?"
+
+RunCli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCli:
+    """Run the console script in this process: exit code, stdout, stderr."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["c2c-export", *(str(argument) for argument in arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def bundle(recorded_bundle: Callable[[str], Path]) -> Path:
+    return recorded_bundle(ALIGNED)
+
+
+@pytest.fixture
+def pipeline(recorded_pipeline: Callable[[str], C2CPipeline]) -> C2CPipeline:
+    return recorded_pipeline(ALIGNED)
+
+
+def plain(text: str) -> str:
+    return re.sub(r"\x1b\[[0-9;]*m", "", text)
+
+
+# Help, version, usage
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        (
+            "pair",
+            "--receiver --sharer --fuser --output -o --max-length --fusion-mode --receiver-chat-template "
+            "--sharer-chat-template --overwrite",
+        ),
+        ("inspect", "--json"),
+        (
+            "generate",
+            "--prompt -p --system --fuse --no-fuse --sharer --max-new-tokens --stop --temperature --top-k --top-p "
+            "--min-p --repetition-penalty --seed --ignore-eos --engine --precision --threads --timings",
+        ),
+    ],
+)
+def test_help_describes_every_option_of_a_command(run_cli: RunCli, command: str, options: str) -> None:
+    code, out, _ = run_cli(command, "--help")
+    assert code == 0
+    described = {}
+    for block in re.split(r"\n  (?=-)", out.partition("Options:")[2])[1:]:
+        header, _, text = " ".join(block.split()).partition(" ")
+        names = {header, *re.findall(r"(?<![\w\[])--?[a-z][a-z-]*", block.partition("  ")[0])}
+        described.update({name.rstrip(","): text for name in names for name in name.replace("/", " ").split()})
+    assert set(described) == {*options.split(), "--help"}
+    for option, text in described.items():
+        assert re.search(r"[A-Z][^.]* [^.]*\w\b", text), option
+
+
+def test_help_keeps_what_stands_in_brackets(run_cli: RunCli) -> None:
+    pair, generate = (" ".join(run_cli(command, "--help")[1].split()) for command in ("pair", "generate"))
+    for text in ("a hub id[@revision]", "a hub id[:subfolder][@revision]", "[default: 2048]", "[required]"):
+        assert text in pair
+    for text in ("[default: physical cores]", "[default: ort-cpu]", "[default: 256]"):
+        assert text in generate
+
+
+def test_the_program_alone_shows_its_commands(run_cli: RunCli) -> None:
+    for arguments in ((), ("--help",)):
+        code, out, err = run_cli(*arguments)
+        assert code in (0, 2)
+        assert all(command in plain(out + err) for command in ("pair", "inspect", "generate"))
+
+
+def test_the_version_is_printed(run_cli: RunCli) -> None:
+    assert run_cli("--version") == (0, f"{__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("no-such-command",),
+        ("inspect",),
+        ("generate", "a.bundle"),
+        ("generate", "a.bundle", "-p", "x", "--max-new-tokens", "many"),
+        ("generate", "a.bundle", "-p", "x", "--no-such-option"),
+        ("pair", "--receiver", "a"),
+    ],
+)
+def test_wrong_arguments_exit_with_2(run_cli: RunCli, arguments: tuple[str, ...]) -> None:
+    code, out, err = run_cli(*arguments)
+    assert code == 2
+    assert out == ""
+    assert err
+
+
+def test_without_torch_pair_says_what_to_install_while_help_and_inspect_work(bundle: Path) -> None:
+    # a bare install, as far as the import system can tell
+    bare = (
+        "import sys\n"
+        "from importlib.machinery import PathFinder\n"
+        "class Bare(PathFinder):\n"
+        "    @classmethod\n"
+        "    def find_spec(cls, name, path=None, target=None):\n"
+        "        extra = {'torch', 'transformers', 'onnx', 'onnx_ir', 'onnxscript', 'gguf', 'safetensors',\n"
+        "                 'huggingface_hub', 'accelerate'}\n"
+        "        return None if name.split('.')[0] in extra else PathFinder.find_spec(name, path, target)\n"
+        "sys.meta_path[:] = [Bare if finder is PathFinder else finder for finder in sys.meta_path]\n"
+        "from c2c_export.cli import main\n"
+        "main()\n"
+    )
+
+    def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", bare, *(str(argument) for argument in arguments)]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+
+    failed = run("pair", "--receiver", "a", "--sharer", "b", "--fuser", "c", "-o", "d")
+    assert failed.returncode == 2
+    assert "torch" in failed.stderr
+    assert "pip install 'c2c-export[export]'" in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert run("pair", "--help").returncode == 0
+    assert json.loads(run("inspect", bundle, "--json").stdout)["schema_version"] == 1
+    answer = run("generate", bundle, "-p", PROMPT, "--max-new-tokens", 2)
+    assert answer.returncode == 0, answer.stderr
+
+
+# Errors
+
+
+def test_messages_are_printed_as_they_are_whatever_characters_they_hold(run_cli: RunCli, tmp_path: Path) -> None:
+    for name in ("a[x]", "b[/x]", "[bold red]", "c\\[x]", ":smile: é", "trailing\\"):
+        folder = tmp_path / name
+        code, out, err = run_cli("inspect", folder)
+        assert (code, out) == (1, "")
+        assert f"error: {folder} is not a bundle" in err
+
+
+def test_a_damaged_bundle_is_refused_by_every_command(run_cli: RunCli, bundle: Path, tmp_path: Path) -> None:
+    damaged = Path(shutil.copytree(bundle, tmp_path / "damaged"))
+    with (damaged / "graphs" / "receiver.onnx.data").open("r+b") as file:
+        file.write(b"\xff")
+    for arguments in (("inspect", damaged), ("inspect", damaged, "--json"), ("generate", damaged, "-p", PROMPT)):
+        code, out, err = run_cli(*arguments)
+        assert (code, out) == (1, "")
+        assert str(damaged / "graphs" / "receiver.onnx.data") in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("-p", ""), "prompt"),
+        (("-p", " word" * 2000), "capacity"),
+        (("-p", PROMPT, "--max-new-tokens", 0), "max_new_tokens"),
+        (("-p", PROMPT, "--max-new-tokens", 100_000), "max_new_tokens"),
+        (("-p", PROMPT, "--sharer", 3), "sharer"),
+        (("-p", PROMPT, "--temperature", -1), "temperature"),
+        (("-p", PROMPT, "--top-p", 2), "top_p"),
+        (("-p", PROMPT, "--engine", "tensorrt"), "ort-cpu"),
+        (("-p", PROMPT, "--precision", "fp8"), "fp32"),
+        (("-p", PROMPT, "--threads", -1), "threads"),
+    ],
+)
+def test_a_request_that_cannot_be_served_exits_with_2(
+    run_cli: RunCli, bundle: Path, arguments: tuple[object, ...], expected: str
+) -> None:
+    few = () if "--max-new-tokens" in arguments else ("--max-new-tokens", 4)
+    code, out, err = run_cli("generate", bundle, *few, *arguments)
+    assert (code, out) == (2, ""), err
+    assert err.startswith("error: ")
+    assert expected in err
+    assert len(err.strip().splitlines()) <= 2
+
+
+# Generating
+
+
+def test_generate_prints_the_text_of_the_api(run_cli: RunCli, bundle: Path, pipeline: C2CPipeline) -> None:
+    for arguments, options in (
+        ((), {}),
+        (("--no-fuse",), {"fuse": False}),
+        (("--sharer", 0), {"sharers": [0]}),
+        (("--temperature", 0.8, "--seed", 3, "--top-k", 20), {"temperature": 0.8, "seed": 3, "top_k": 20}),
+    ):
+        code, out, err = run_cli("generate", bundle, "-p", PROMPT, "--max-new-tokens", 12, "--ignore-eos", *arguments)
+        expected = pipeline.generate(PROMPT, max_new_tokens=12, ignore_eos=True, **options)
+        assert (code, out, err) == (0, expected.text + "\n", "")
+
+
+def test_fusing_changes_the_answer(pipeline: C2CPipeline) -> None:
+    answers = [
+        pipeline.generate(PROMPT, max_new_tokens=12, ignore_eos=True, fuse=fuse).token_ids for fuse in (True, False)
+    ]
+    assert answers[0] != answers[1]
+
+
+def test_a_system_message_and_stop_strings_reach_the_request(
+    run_cli: RunCli, bundle: Path, pipeline: C2CPipeline
+) -> None:
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": PROMPT}]
+    whole = pipeline.generate(messages, max_new_tokens=16, ignore_eos=True).text
+    stop = whole[5:7]
+    expected = pipeline.generate(messages, max_new_tokens=16, ignore_eos=True, stop=[stop]).text
+    code, out, _ = run_cli(
+        *("generate", bundle, "-p", PROMPT, "--system", "Be brief.", "--max-new-tokens", 16),
+        *("--ignore-eos", "--stop", stop),
+    )
+    assert (code, out) == (0, expected + "\n")
+    assert stop not in out
+
+
+def test_timings_go_to_stderr(run_cli: RunCli, bundle: Path) -> None:
+    code, out, err = run_cli("generate", bundle, "-p", PROMPT, "--max-new-tokens", 3, "--timings")
+    assert code == 0
+    assert "prefill" not in out
+    assert re.search(r"sharer prefill [\d.]+ s.*first token after [\d.]+ s.*\d+ further tokens? in [\d.]+ s", err)
+
+
+def test_text_comes_out_while_it_is_generated(bundle: Path) -> None:
+    command = [sys.executable, "-c", "from c2c_export.cli import main; main()", "generate", str(bundle), "-p", PROMPT]
+    with subprocess.Popen(
+        [*command, "--max-new-tokens", "150", "--ignore-eos"], cwd=ROOT, stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        first = process.stdout.read1(1)  # type: ignore[attr-defined]
+        assert first
+        assert process.poll() is None  # the rest is yet to come
+        process.stdout.read()
+    assert process.returncode == 0
