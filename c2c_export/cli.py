@@ -117,7 +117,10 @@ def generate(
     system: Annotated[Optional[str], typer.Option(help="A system message before it.")] = None,  # noqa: UP045
     fuse: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Use the sharers, or the receiver alone.")] = True,
     sharer: Annotated[Optional[list[int]], typer.Option(help="Use only this sharer; repeatable.")] = None,  # noqa: UP045
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 256,
+    max_new_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Tokens to generate at most.  [default: up to the bundle's capacity]"),
+    ] = None,
     stop: Annotated[Optional[list[str]], typer.Option(help="Stop before this text; repeatable.")] = None,  # noqa: UP045
     temperature: Annotated[Optional[float], typer.Option(help="Sample with this temperature.")] = None,  # noqa: UP045
     top_k: Annotated[Optional[int], typer.Option(help="Sample among the k most probable tokens.")] = None,  # noqa: UP045

@@ -351,5 +351,10 @@ def _move_into_place(partial: Path, options: PairOptions) -> None:
         return
     replaced = Path(tempfile.mkdtemp(prefix=f".{options.output.name}.replaced-", dir=options.output.parent))
     options.output.rename(replaced / "bundle")
-    partial.rename(options.output)
-    shutil.rmtree(replaced)
+    try:
+        partial.rename(options.output)
+    except BaseException:  # an interrupt too must not cost the old bundle
+        (replaced / "bundle").rename(options.output)
+        raise
+    finally:
+        shutil.rmtree(replaced)
