@@ -15,18 +15,30 @@ import json
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
 from c2c_export.errors import BundleError
+from c2c_export.tokenizer import CHAT_TEMPLATE_NAME, SPECIAL_TOKENS_NAME, TOKENIZER_NAME
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
 FusionMode = Literal["parallel", "sequential"]
 AlignmentStrategy = Literal["first", "longest"]
+
+
+def _inside(path: str) -> str:
+    pure = PurePosixPath(path)
+    if not path or pure.is_absolute() or ".." in pure.parts or "\\" in path:
+        raise ValueError(f"{path!r} does not lie inside the bundle")
+    return path
+
+
+BundlePath = Annotated[str, AfterValidator(_inside)]
+"""The path of a file relative to the bundle's folder, with forward slashes."""
 
 
 class Record(BaseModel):
@@ -46,7 +58,7 @@ class TensorSpec(Record):
 class GraphRecord(Record):
     """A portable graph: where it lies in the bundle, its inputs and outputs, and what the passes did to it."""
 
-    path: str
+    path: BundlePath
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     num_nodes: int
@@ -105,7 +117,7 @@ class EngineRecord(Record):
 
     target: str
     precision: str
-    graphs: dict[str, str]
+    graphs: dict[str, BundlePath]
     check: dict[str, float] | None = None
 
 
@@ -125,7 +137,19 @@ class Manifest(Record):
     receiver_graph: GraphRecord
     sharers: tuple[SharerRecord, ...]
     engines: dict[str, EngineRecord]
-    files: dict[str, str]
+    files: dict[BundlePath, str]
+
+    @model_validator(mode="after")
+    def _engines_are_complete(self) -> Self:
+        needed = {"receiver"}
+        for number, sharer in enumerate(self.sharers):
+            if sharer.fuser_graph is not None:
+                needed |= {f"sharer{number}", f"fuser{number}"}
+        for name, engine in self.engines.items():
+            if engine.graphs.keys() != needed:
+                wrong = ", ".join(sorted(engine.graphs.keys() ^ needed))
+                raise ValueError(f"engine {name} and the graphs of the bundle differ in {wrong}")
+        return self
 
 
 class Bundle:
@@ -148,16 +172,25 @@ class Bundle:
         return cls(root, manifest)
 
     def file(self, relative: str) -> Path:
-        """The absolute path of a file of the bundle, given its path in the manifest."""
-        return (self.root / relative).resolve()
+        """The path of a file of the bundle, given its path in the manifest.
+
+        Raises `BundleError` when the manifest lists no hash for it, or for the weights beside a graph.
+        """
+        for name in (relative, f"{relative}.data"):
+            if name not in self.manifest.files and (name == relative or (self.root / name).exists()):
+                raise BundleError(f"{self.root / name}: the manifest lists no hash for it; export the bundle again")
+        return (self.root / relative).absolute()
 
     def tokenizer_folder(self, sharer: int | None = None) -> Path:
-        """The folder with the receiver's tokenizer, or with that of sharer number `sharer`."""
-        return self.root / "tokenizers" / ("receiver" if sharer is None else f"sharer{sharer}")
+        """The folder with the receiver's tokenizer, or with that of sharer number `sharer`; errors as in `file`."""
+        folder = "tokenizers/receiver" if sharer is None else f"tokenizers/sharer{sharer}"
+        for name in (TOKENIZER_NAME, SPECIAL_TOKENS_NAME, CHAT_TEMPLATE_NAME):
+            self.file(f"{folder}/{name}")
+        return self.root / folder
 
     def alignment_file(self, sharer: int) -> Path:
-        """The `.npy` file with the alignment table of sharer number `sharer`: int32 [receiver_vocab]."""
-        return self.root / "alignment" / f"sharer{sharer}.npy"
+        """The `.npy` file with the alignment table of sharer number `sharer`: int32 [receiver_vocab]; as `file`."""
+        return self.file(f"alignment/sharer{sharer}.npy")
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
@@ -189,7 +222,7 @@ def _read_manifest(root: Path) -> Manifest:
         raise BundleError(f"{root} is not a bundle: it has no {MANIFEST_NAME}; write one with `c2c-export pair`")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise BundleError(f"{path}: not valid JSON ({error}); export the bundle again") from error
     version = content.get("schema_version") if isinstance(content, dict) else None
     if version != SCHEMA_VERSION:
@@ -206,8 +239,12 @@ def _read_manifest(root: Path) -> Manifest:
 
 def _damaged_files(root: Path, files: dict[str, str]) -> Iterable[tuple[str, str]]:
     present = [name for name in files if (root / name).is_file()]
-    for name in files.keys() - set(present):
+    for name in sorted(files.keys() - set(present)):
         yield name, "missing"
-    for name, digest in zip(present, _hash_files(root, present), strict=True):
+    try:
+        digests = _hash_files(root, present)
+    except OSError as error:
+        raise BundleError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    for name, digest in zip(present, digests, strict=True):
         if digest != files[name]:
             yield name, "changed since the bundle was written (its sha256 differs)"

@@ -7,16 +7,18 @@ the commands that export one import torch and transformers, each only when it ru
 import contextlib
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
 from c2c_export import __version__
+from c2c_export.bundle import Bundle, FusionMode
 from c2c_export.errors import C2CError, UsageError
 
 app = typer.Typer(
@@ -31,14 +33,16 @@ _console = Console(stderr=True)
 
 def main() -> None:
     """The console script: run a command; a `C2CError` is printed in one or two lines, without a traceback."""
+    warnings.showwarning = _show_warning
     try:
         app()
     except C2CError as error:
         _console.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _console.print("cancelled")
-        sys.exit(130)
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+    _console.print(Text.assemble(("warning:", "bold yellow"), f" {message}"), soft_wrap=True)
 
 
 @app.callback(invoke_without_command=True)
@@ -60,9 +64,12 @@ def pair(
         typer.Option(help="The fuser checkpoint of each sharer: a folder or a hub id[:subfolder][@revision]."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle folder to write.")],
-    max_length: Annotated[int, typer.Option(help="Capacity of the caches, in tokens.")] = 2048,
+    max_length: Annotated[
+        Optional[int],  # noqa: UP045 (Typer reads the annotation)
+        typer.Option(help="Capacity of the caches, in tokens.  [default: 2048, or all positions that the models have]"),
+    ] = None,
     fusion_mode: Annotated[
-        Optional[str],  # noqa: UP045 (Typer reads the annotation)
+        Optional[FusionMode],  # noqa: UP045
         typer.Option(help="How several sharers fuse: parallel or sequential.  [default: the fuser's, else parallel]"),
     ] = None,
     receiver_chat_template: Annotated[
@@ -85,7 +92,7 @@ def pair(
         fusers=fuser,
         output=output,
         max_length=max_length,
-        fusion_mode=fusion_mode,  # type: ignore[arg-type]  # checked by export_pair
+        fusion_mode=fusion_mode,
         receiver_chat_template=receiver_chat_template,
         sharer_chat_templates=sharer_chat_template or (),
         overwrite=overwrite,
@@ -100,7 +107,6 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead.")] = False,
 ) -> None:
     """Show a bundle: models, layer map with gates, graphs, passes, engines."""
-    from c2c_export.bundle import Bundle
     from c2c_export.inspect import print_bundle
 
     opened = Bundle.open(bundle)
@@ -170,6 +176,7 @@ def generate(
             f"fuse {spent.fuse:.3f} s, first token after {spent.ttft:.3f} s, "
             f"{len(generation.token_ids) - 1} further tokens in {spent.decode:.3f} s",
             highlight=False,
+            soft_wrap=True,
         )
 
 

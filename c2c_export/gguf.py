@@ -15,6 +15,7 @@ from pathlib import Path
 
 import gguf
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from c2c_export.bundle import sha256_of
@@ -49,7 +50,7 @@ def convert_gguf(path: Path) -> Path:
         except OSError:
             if not folder.is_dir():  # otherwise another process converted the same file in the meantime
                 raise
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise C2CError(f"{path}: cannot be converted into {folder.parent}: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

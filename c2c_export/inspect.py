@@ -18,7 +18,14 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
     )
     console.print(_models(manifest.receiver, manifest.sharers))
     for number, sharer in enumerate(manifest.sharers):
-        console.print(_layer_map(number, sharer))
+        strategy = f", alignment strategy {sharer.alignment_strategy}" if sharer.alignment_strategy else ""
+        gates = [is_open for link in sharer.links for is_open in (link.key_gate_open, link.value_gate_open)]
+        console.print(
+            f"fuser {number}: {escape(sharer.fuser_source)}{strategy}, {sum(gates)} of {len(gates)} gates open",
+            highlight=False,
+            soft_wrap=True,
+        )
+        console.print(_layer_map(sharer))
     console.print(_graphs(bundle))
     console.print(_engines(bundle))
     console.print("Written by " + ", ".join(f"{name} {version}" for name, version in manifest.tool_versions.items()))
@@ -42,18 +49,13 @@ def _models(receiver: ModelRecord, sharers: tuple[SharerRecord, ...]) -> Table:
     return table
 
 
-def _layer_map(number: int, sharer: SharerRecord) -> Table:
-    strategy = f", alignment strategy {sharer.alignment_strategy}" if sharer.alignment_strategy else ""
-    num_open = sum(link.key_gate_open + link.value_gate_open for link in sharer.links)
-    gates = f"{num_open} of {2 * len(sharer.links)} gates open"
+def _layer_map(sharer: SharerRecord) -> Table:
     table = Table(
         "receiver layer",
         "sharer layer",
         "projector",
         "K gate",
         "V gate",
-        title=f"fuser {number}: {escape(sharer.fuser_source)}{strategy}, {gates}",
-        title_justify="left",
     )
     for link in sharer.links:
         table.add_row(

@@ -1,7 +1,7 @@
-"""Load a language model for export: configuration checked first, then weights in float32, all of them, all finite.
+"""Read a language model for export: configuration and weight files checked first, then the weights in float32.
 
-In: a local folder in Hugging Face's layout. Out: a `LanguageModel`. Supported are the architectures in
-`SUPPORTED_ARCHITECTURES`; others are refused by name, as is what the portable graphs cannot express.
+In: a local folder in Hugging Face's layout. Out: its configuration, its `ModelShape`, the loaded model. Supported are
+the architectures in `SUPPORTED_ARCHITECTURES`; others are refused by name, as is what the graphs cannot express.
 """
 
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from c2c_export.bundle import ModelRecord, sha256_of
@@ -44,14 +45,8 @@ def read_config(folder: Path) -> Any:
     path = folder / "config.json"
     if not path.is_file():
         raise C2CError(f"{folder}: no config.json; expected a Hugging Face model folder")
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise C2CError(f"{path}: not valid JSON ({error}); download or copy the model again") from error
-    if not isinstance(content, dict):
-        raise C2CError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
     # before transformers reads it, which knows some architectures only by running the repository's own code
-    _check_architecture(path, content)
+    _check_architecture(path, _read_json(path))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a broken field leads to
@@ -71,6 +66,31 @@ def shape_of(config: Any) -> ModelShape:
         sliding_window=sliding_window_of(config),
         max_position_embeddings=config.max_position_embeddings,
     )
+
+
+def check_weight_files(folder: Path) -> None:
+    """Look through the safetensors files before the long work: each complete, each value finite; tensor by tensor.
+
+    Raises `C2CError` naming the file, and the tensor. Whether they hold all that the model needs, and what a `.bin`
+    file holds, shows when the model is loaded.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = sorted({folder / name for name in _read_json(index).get("weight_map", {}).values()})
+    if not files and not any(folder.glob("*.bin")):
+        raise C2CError(f"{folder}: no weights; expected .safetensors files")
+    for file in files:
+        if not file.is_file():
+            raise C2CError(f"{file}: missing, although {index.name} names it")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    tensor = tensors.get_tensor(name)
+                    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                        raise C2CError(f"{file}: tensor {name} holds NaN or infinite values")
+        except (SafetensorError, OSError) as error:
+            raise C2CError(f"{file}: the weights cannot be read: {_first_line(error)}") from error
 
 
 def load_weights(folder: Path, config: Any) -> PreTrainedModel:
@@ -140,6 +160,16 @@ def model_record(source: str, folder: Path, shape: ModelShape, chat_template: st
     )
 
 
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, OSError, RecursionError) as error:
+        raise C2CError(f"{path}: not valid JSON ({error}); download or copy the model again") from error
+    if not isinstance(content, dict):
+        raise C2CError(f"{path}: holds a JSON {type(content).__name__}, expected an object")
+    return content
+
+
 def _check_architecture(path: Path, content: dict[str, Any]) -> None:
     model_type = content.get("model_type")
     if model_type not in list(SUPPORTED_ARCHITECTURES):
@@ -150,7 +180,7 @@ def _check_architecture(path: Path, content: dict[str, Any]) -> None:
 
 def _check_supported(path: Path, config: Any) -> None:
     if getattr(config, "quantization_config", None) is not None:
-        raise C2CError(f"{path}: field quantization_config: pass the unquantised model; engines are quantised by build")
+        raise C2CError(f"{path}: field quantization_config: expected an unquantised model")
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise C2CError(f"{path}: field attn_logit_softcapping: softcapped attention is not supported; expected null")
     if getattr(config, "use_bidirectional_attention", False):

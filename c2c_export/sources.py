@@ -16,6 +16,8 @@ from c2c_export.gguf import convert_gguf
 
 _HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?P<subfolder>:[^@]+)?(?P<revision>@[\w./-]+)?", flags=re.ASCII)
 _MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+# Without a subfolder: only a checkpoint at the root, as a repository may hold dozens of them.
+_FUSER_FILES = ["config.json", "final/*", "projector_*", "sharer_chat_template.jinja", "receiver_chat_template.jinja"]
 
 
 def resolve_model(source: str) -> Path:
@@ -42,14 +44,16 @@ def resolve_fuser(source: str) -> Path:
         return path
     if path.exists():
         raise UsageError(f"{source}: expected a fuser checkpoint folder")
-    return _download(source, "fuser", None)
+    return _download(source, "fuser", _FUSER_FILES)
 
 
-def _download(source: str, what: str, patterns: list[str] | None) -> Path:
+def _download(source: str, what: str, patterns: list[str]) -> Path:
     match = _HUB_ID.fullmatch(source)
-    if match is None or source.startswith((".", "/", "~")):
+    if match is None or source.startswith((".", "/", "~")) or (match["subfolder"] and what == "model"):
         raise UsageError(f"{source}: no such {what}; expected a folder{_OTHER_FORMS[what]}")
     subfolder = (match["subfolder"] or "")[1:].strip("/")
+    if ".." in Path(subfolder).parts:
+        raise UsageError(f"{source}: the subfolder leaves the repository; expected a folder inside it")
     try:
         snapshot = snapshot_download(
             match["repository"],

@@ -21,7 +21,10 @@ Array = NDArray[np.generic]
 
 @dataclass(frozen=True)
 class View:
-    """A contiguous piece of a buffer: what is bound to a graph's input or output."""
+    """A contiguous piece of a buffer: what is bound to a graph's input or output.
+
+    It does not keep the buffer alive: whoever makes views keeps their buffers as long as any engine may run on them.
+    """
 
     pointer: int
     """Address of the first element on the device."""

@@ -4,9 +4,10 @@ Neither torch nor transformers is needed or imported.
 """
 
 from c2c_export.errors import BundleError, C2CError, UsageError
+from runtime.messages import Message
 from runtime.pipeline import C2CPipeline
-from runtime.prompt import Message
 from runtime.sampling import SamplingParams
+from runtime.sections import UnfusedMessageWarning
 from runtime.session import Chunk, Generation, Session, Timings
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "SamplingParams",
     "Session",
     "Timings",
+    "UnfusedMessageWarning",
     "UsageError",
 ]

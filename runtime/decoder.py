@@ -23,10 +23,9 @@ class Decoder:
         self._max_length = max_length
         names = {spec.name for spec in engine.inputs}
         allocate = engine.device.allocate
-        # One token more than the capacity: a closing padding token may follow a prompt that fills the cache.
         # A sharer of which only the first layer's values are read has no position_ids.
         self._by_token: dict[str, Buffer] = {
-            name: allocate((max_length + 1,), "int64") for name in ("input_ids", "position_ids") if name in names
+            name: allocate((max_length,), "int64") for name in ("input_ids", "position_ids") if name in names
         }
         self._by_request: dict[str, Buffer] = {
             name: allocate((1,), "int64") for name in ("write_index", "kv_length", "last_token") if name in names

@@ -18,9 +18,10 @@ from c2c_export.tokenizer import BundledTokenizer
 from engines.ort.engine import OrtCpuEngine
 from runtime.decoder import Decoder
 from runtime.fuser import Fuser
+from runtime.messages import Message
 from runtime.prefill import Prefiller
-from runtime.prompt import Message, Plan, PromptPlanner
-from runtime.session import Chunk, Generation, Prompt, Session
+from runtime.prompt import Plan, PromptPlanner
+from runtime.session import Chunk, Generation, Prompt, Session, is_ids
 
 
 class C2CPipeline:
@@ -176,8 +177,10 @@ def _load_planner(bundle: Bundle, receiver: BundledTokenizer) -> PromptPlanner:
 def _one_prompt(messages: str | Sequence[Any] | None, input_ids: Sequence[int] | None) -> Prompt:
     if (messages is None) == (input_ids is None):
         raise UsageError("give either messages or input_ids")
-    if isinstance(input_ids, str):
-        raise UsageError("input_ids is text; give it as messages")
+    if messages is not None and is_ids(messages):
+        raise UsageError("messages holds numbers; give token ids as input_ids")
+    if input_ids is not None and not is_ids(input_ids):
+        raise UsageError("input_ids holds no token ids; expected a row of integers, or give text as messages")
     return messages if messages is not None else input_ids  # type: ignore[return-value]
 
 

@@ -61,15 +61,16 @@ class Prefiller:
         self._fusers = fusers
 
     def run(self, slot: int, state: SlotState, plan: Plan) -> PrefillTimings:
-        """Bring `slot` from `state` to `plan`, updating `state`; afterwards the receiver's logits are the prompt's."""
+        """Bring `slot` from `state` to `plan`, updating `state`; afterwards the receiver's logits are the prompt's.
+
+        If it raises, the slot's rows are neither those of `state` nor those of `plan`.
+        """
         target = _state_of(plan, self._fusers.keys())
         reusable_sharer_rows = {
             number: _common_rows(state.sharers.get(number, NO_TOKENS), tokens)
             for number, tokens in target.sharers.items()
         }
         first_row = _reusable_rows(state, target, reusable_sharer_rows)
-        # If this call is interrupted, nobody knows what the rows hold.
-        state.receiver, state.sharers, state.fused = NO_TOKENS, {}, ()
 
         started = time.perf_counter()
         for number, tokens in target.sharers.items():
@@ -117,7 +118,7 @@ class Prefiller:
 def _state_of(plan: Plan, computed: Collection[int]) -> SlotState:
     """The rows that `plan` wants of the receiver and of those of its sharers that are computed at all.
 
-    With none of them no section is fused, so that such a prompt is computed bit for bit like the receiver's alone.
+    With none of them no section is fused, and the prompt, gaps and all, is computed like one that is not fused.
     Sharer tokens behind the last fused position are left out: nothing reads them.
     """
     selected = {number: tokens for number, tokens in plan.sharers.items() if number in computed}

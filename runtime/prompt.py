@@ -5,30 +5,24 @@ with every model's real tokens at their positions, and the prompt cut into fused
 what the reference implementation reads. Padding, which only shifts positions, is never among the tokens.
 
 A position counts the padded prompt: in an aligned prompt a template section is as long as the longest of its versions,
-and a model whose version is shorter leaves a gap. Not covered: limits on the length (the caller knows the capacity),
-and the rows of a cache (`runtime.cache`). Nothing here imports torch or transformers.
+and a model whose version is shorter leaves a gap. Not covered: how a chat is cut into template and message sections
+(`runtime.sections`), limits on the length (the caller knows the capacity), and the rows of a cache (`runtime.cache`).
+Nothing here imports torch or transformers.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from c2c_export.chat_template import render
 from c2c_export.errors import C2CError, UsageError
-from c2c_export.tokenizer import BundledTokenizer, TokenizedText
+from c2c_export.tokenizer import BundledTokenizer
+from runtime.messages import Message
+from runtime.sections import Rendering, check_same_parts, encode_chat, warn_of_unfused
 
 _Int64Array = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn of a chat. `role` is what the chat template knows: system, user, assistant."""
-
-    role: str
-    content: str
 
 
 @dataclass(frozen=True)
@@ -63,25 +57,6 @@ class Plan:
     sharers: dict[int, ModelTokens]
     num_positions: int
     closing_padding_id: int | None
-
-
-def parse_messages(prompt: str | Sequence[Mapping[str, Any] | Message]) -> list[Message]:
-    """The messages of a chat; a `str` is one user turn.
-
-    Raises `UsageError`, naming the message and the field, for an empty chat, a missing, unknown or wrongly typed field,
-    text that is not valid Unicode, and when no message has any text.
-    """
-    if isinstance(prompt, str):
-        messages = [_checked(Message("user", prompt), "the prompt")]
-    elif isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
-        messages = [_parse_message(index, entry) for index, entry in enumerate(prompt)]
-    else:
-        raise UsageError(
-            f"the prompt is of type {type(prompt).__name__}; expected text or a list of messages with role and content"
-        )
-    if not any(message.content.strip() for message in messages):
-        raise UsageError("the prompt is empty; expected at least one message with text")
-    return messages
 
 
 class PromptPlanner:
@@ -122,11 +97,13 @@ class PromptPlanner:
 
         Raises `UsageError` for text with a token that a model does not embed, and `C2CError` when a chat template
         refuses the messages, or when a message's text is found in one model's rendered prompt but not in another's.
+        Warns with `UnfusedMessageWarning` of a message whose text is found in none: all models of an aligned pair read
+        it, but it is not fused.
         """
         if self._aligned and sharers:
             plan = self._plan_aligned(messages, sharers, add_generation_prompt)
         else:
-            _, encoded = _encode_chat(self._receiver, messages, add_generation_prompt)
+            _, encoded = encode_chat(self._receiver, messages, add_generation_prompt)
             plan = self._plan_row(np.array(encoded.ids, dtype=np.int64), sharers)
         self._check_sharers_embed(plan)
         return plan
@@ -160,10 +137,11 @@ class PromptPlanner:
         )
 
     def _plan_aligned(self, messages: Sequence[Message], sharers: Sequence[int], add_generation_prompt: bool) -> Plan:
-        ours = _Rendering.of(self._receiver, messages, add_generation_prompt)
-        theirs = {s: _Rendering.of(self._sharers[s], messages, add_generation_prompt) for s in sharers}
+        ours = Rendering.of(self._receiver, messages, add_generation_prompt)
+        theirs = {s: Rendering.of(self._sharers[s], messages, add_generation_prompt) for s in sharers}
         for sharer, rendering in theirs.items():
-            _check_same_parts(messages, ours, rendering, sharer)
+            check_same_parts(messages, ours, rendering, sharer)
+        warn_of_unfused(messages, ours)
         _check_range(np.array(ours.ids, dtype=np.int64), self._receiver_vocab, self._receiver, "the receiver")
 
         sections = _SectionList()
@@ -200,50 +178,6 @@ class PromptPlanner:
                 _check_range(tokens.ids, self._sharer_vocabs[sharer], tokenizer, f"sharer {sharer}")
 
 
-@dataclass(frozen=True)
-class _Part:
-    # Tokens [start, stop) of one model's rendered chat: message number `message`, or template text (None).
-    start: int
-    stop: int
-    message: int | None = None
-
-    @property
-    def is_message(self) -> bool:
-        return self.message is not None
-
-
-@dataclass(frozen=True)
-class _Rendering:
-    # A chat as one model reads it, cut into template and message parts.
-    ids: list[int]
-    parts: list[_Part]
-
-    @classmethod
-    def of(cls, tokenizer: BundledTokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> "_Rendering":
-        text, encoded = _encode_chat(tokenizer, messages, add_generation_prompt)
-        num_tokens = len(encoded.ids)
-        parts: list[_Part] = []
-        done = 0
-        for message, first_char, end_char in _content_spans(text, messages):
-            start, stop = _token_range(encoded.offsets, first_char, end_char)
-            if done < start:
-                parts.append(_Part(done, start))
-            # A message found before the previous one repeats tokens, here as in the reference.
-            parts.append(_Part(start, stop, message))
-            done = stop
-        if done < num_tokens:
-            parts.append(_Part(done, num_tokens))
-        return cls(encoded.ids, parts)
-
-    def part_ids(self, index: int) -> list[int]:
-        part = self.parts[index]
-        return self.ids[part.start : part.stop]
-
-    @property
-    def found(self) -> list[int]:
-        return [part.message for part in self.parts if part.message is not None]
-
-
 @dataclass
 class _SectionList:
     # Sections in the making; neighbours of one kind are one section.
@@ -275,132 +209,6 @@ class _Row:
 
     def tokens(self) -> ModelTokens:
         return ModelTokens(np.array(self.ids, dtype=np.int64), np.array(self.positions, dtype=np.int64))
-
-
-def _encode_chat(
-    tokenizer: BundledTokenizer, messages: Sequence[Message], add_generation_prompt: bool
-) -> tuple[str, TokenizedText]:
-    text = render(
-        tokenizer.chat_template,
-        [{"role": message.role, "content": message.content} for message in messages],
-        add_generation_prompt=add_generation_prompt,
-        variables=tokenizer.special.template_variables,
-    )
-    encoded = tokenizer.encode(text)
-    if not encoded.ids:
-        raise C2CError("a chat template renders these messages to nothing; expected at least one token")
-    return text, encoded
-
-
-def _content_spans(text: str, messages: Sequence[Message]) -> Iterator[tuple[int, int, int]]:
-    # The character range of every message that is found in a rendered chat: message number, start, stop.
-    search_from = 0
-    for number, message in enumerate(messages):
-        content = message.content
-        if not content:
-            continue
-        start = _closed_occurrence(text, content, search_from)
-        if start < 0:
-            start = text.find(content, search_from)
-            if start < 0:
-                start = text.find(content)
-            if start < 0 or _is_inside_begin_token(text, start):
-                continue
-        search_from = start + len(content)
-        yield number, start, search_from
-
-
-def _closed_occurrence(text: str, content: str, search_from: int) -> int:
-    # The first occurrence that a special token (anything with "<") or the end of the text follows, else -1.
-    start = text.find(content, search_from)
-    while start >= 0:
-        stop = start + len(content)
-        if stop == len(text) or text[stop] == "<":
-            return start
-        start = text.find(content, start + 1)
-    return -1
-
-
-def _is_inside_begin_token(text: str, start: int) -> bool:
-    # The reference does not take a hit inside <|begin_of_text|> for a message's text; 10 and 20 are its numbers.
-    before = text[max(0, start - 10) : start]
-    around = text[max(0, start - 20) : start + 20]
-    return "<" in before and ">" not in before and "begin_of_text" in around
-
-
-def _token_range(offsets: Sequence[tuple[int, int]], first_char: int, end_char: int) -> tuple[int, int]:
-    # From the first token that ends after the text's start to the last one that starts before its end.
-    num_tokens = len(offsets)
-    start = next((i for i in range(num_tokens) if offsets[i][1] > first_char), num_tokens)
-    stop = next((i for i in range(start, num_tokens) if offsets[i][0] >= end_char), num_tokens)
-    return start, stop
-
-
-def _check_same_parts(messages: Sequence[Message], ours: _Rendering, theirs: _Rendering, sharer: int) -> None:
-    our_kinds = [part.is_message for part in ours.parts]
-    their_kinds = [part.is_message for part in theirs.parts]
-    if our_kinds == their_kinds:
-        return
-    other = f"sharer {sharer}"
-    on_one_side = [m for m in range(len(messages)) if (m in ours.found) != (m in theirs.found)]
-    if on_one_side:
-        number = on_one_side[0]
-        has, lacks = ("the receiver", other) if number in ours.found else (other, "the receiver")
-        raise C2CError(
-            f"{_describe(messages, number)}: its text is in the prompt rendered for {has}, but not, unchanged, in that "
-            f"for {lacks}; remove spaces around it, or use chat templates that keep message texts as they are"
-        )
-    # The same messages on both sides, so template text stands before one of them, or at the end, on one side only.
-    differs = next((i for i, (a, b) in enumerate(zip(our_kinds, their_kinds, strict=False)) if a != b), None)
-    if differs is None:
-        place = "after the last message"
-        ours_has_text = len(our_kinds) > len(their_kinds)
-    else:
-        ours_has_text = not our_kinds[differs]
-        # The messages before it are in both, so their count gives the next one.
-        place = f"before {_describe(messages, ours.found[sum(our_kinds[:differs])])}"
-    has, lacks = ("the receiver", other) if ours_has_text else (other, "the receiver")
-    raise C2CError(
-        f"{place}: the chat template of {has} has text there, that of {lacks} has none; "
-        "use chat templates that agree on where messages begin and end"
-    )
-
-
-def _describe(messages: Sequence[Message], number: int) -> str:
-    message = messages[number]
-    return f"message {number} ({message.role}, {message.content[:40]!r})"
-
-
-def _parse_message(index: int, entry: object) -> Message:
-    where = f"message {index}"
-    if isinstance(entry, Message):
-        return _checked(entry, where)
-    if not isinstance(entry, Mapping):
-        raise UsageError(f"{where} is of type {type(entry).__name__}; expected a mapping with role and content")
-    for name in ("role", "content"):
-        if name not in entry:
-            raise UsageError(f"{where} has no field {name!r}; expected role and content")
-    # Clients send unset fields as null; a set one would be lost without a word.
-    unknown = [name for name, value in entry.items() if name not in ("role", "content") and value is not None]
-    if unknown:
-        raise UsageError(f"{where} has a field {unknown[0]!r}, which is not supported; expected role and content")
-    return _checked(Message(entry["role"], entry["content"]), where)
-
-
-def _checked(message: Message, where: str) -> Message:
-    fields: tuple[tuple[str, object], ...] = (("role", message.role), ("content", message.content))
-    for name, value in fields:
-        if not isinstance(value, str):
-            raise UsageError(f"{where}: {name} is of type {type(value).__name__}; expected text")
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise UsageError(
-                f"{where}: {name} is not valid Unicode (a lone surrogate at character {error.start}); expected text"
-            ) from error
-    if not message.role:
-        raise UsageError(f"{where}: role is empty; expected system, user or assistant")
-    return message
 
 
 def _check_range(ids: _Int64Array, vocab: int, tokenizer: BundledTokenizer, model: str) -> None:

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from c2c_export.errors import UsageError
 from runtime.detokenizer import Detokenizer
+from runtime.messages import Message, parse_messages
 from runtime.prefill import PrefillTimings, SlotState
-from runtime.prompt import Message, Plan, parse_ids, parse_messages
+from runtime.prompt import Plan, parse_ids
 from runtime.sampling import Sampler, SamplingParams
 
 if TYPE_CHECKING:
@@ -23,12 +24,16 @@ Prompt = str | Sequence[Mapping[str, Any] | Message] | Sequence[int]
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds. `ttft`, time to first token, holds planning, the three prefill phases and choosing the token."""
+    """Seconds of computing, without the time that a stream's reader takes.
+
+    The prefill belongs to the first generation after it: a further one on the same prompt has zeros there.
+    """
 
     sharer_prefill: float
     receiver_prefill: float
     fuse: float
     ttft: float
+    """Time to first token: planning, the three prefill phases, and choosing the token."""
     decode: float
     """All tokens after the first."""
 
@@ -83,7 +88,7 @@ class Session:
         self._last_logits = self._logits
         self._next_position = 0
         self._reply_ids: list[int] = []
-        # A stop string ends the text earlier than the ids: what it left of the first so many of them.
+        # A stop token or string ends the text earlier than the ids: what it left of the first so many of them.
         self._cut_reply, self._num_cut_ids = "", 0
         self._current_stream: object = None
         self._prefill_seconds = 0.0
@@ -91,18 +96,18 @@ class Session:
 
     @property
     def logits(self) -> NDArray[np.float32]:
-        """float32 [V], of the last prompt token (of the prompt's last padding row, where it ends in padding)."""
-        return self._logits
+        """A copy, float32 [V]: of the last prompt token (of its last padding row, where the prompt ends in padding)."""
+        return self._logits.copy()
 
     @property
     def position_ids(self) -> NDArray[np.int64]:
-        """int64 [n]: the positions of the receiver's real rows, generated ones included."""
-        return self._state.receiver.position_ids
+        """A copy, int64 [n]: the positions of the receiver's real rows, generated ones included."""
+        return self._state.receiver.position_ids.copy()
 
     @property
     def token_ids(self) -> NDArray[np.int64]:
-        """int64 [n]: the token ids of the receiver's real rows, generated ones included."""
-        return self._state.receiver.ids
+        """A copy, int64 [n]: the token ids of the receiver's real rows, generated ones included."""
+        return self._state.receiver.ids.copy()
 
     @property
     def plan(self) -> Plan:
@@ -127,7 +132,7 @@ class Session:
             ids = [*self._conversation.ids, *self._reply_ids, *_as_ids(prompt)]
             self._start(_Conversation(None, ids))
             return
-        if _is_ids(prompt):
+        if is_ids(prompt):
             raise UsageError("this session holds messages; append messages, not token ids")
         messages = parse_messages(prompt)  # type: ignore[arg-type]
         answered = [Message("assistant", self._reply_text())] if self._reply_ids else []
@@ -186,7 +191,7 @@ class Session:
 
     def begin(self, prompt: Prompt) -> None:
         """Prefill the first prompt; called once, by the pipeline."""
-        if _is_ids(prompt):
+        if is_ids(prompt):
             self._start(_Conversation(None, _as_ids(prompt)))
         else:
             self._start(_Conversation(parse_messages(prompt), []))  # type: ignore[arg-type]
@@ -195,7 +200,11 @@ class Session:
         self._check_open()
         started = time.perf_counter()
         self._plan = self._pipeline.make_plan(conversation.messages, conversation.ids, self._sharers)
-        self._timings = self._pipeline.prefiller.run(self._slot, self._state, self._plan)
+        try:
+            self._timings = self._pipeline.prefiller.run(self._slot, self._state, self._plan)
+        except BaseException:  # an interrupt too: nobody knows what the caches hold
+            self.close()
+            raise
         self._conversation = conversation
         self._reply_ids, self._cut_reply, self._num_cut_ids = [], "", 0
         self._current_stream = None
@@ -230,40 +239,53 @@ class Session:
         return max_new_tokens
 
     def _generate(self, limit: int, ignore_eos: bool, detokenizer: Detokenizer, sampler: Sampler) -> Iterator[Chunk]:
-        started = first_token_at = time.perf_counter()
         stop_ids = frozenset() if ignore_eos else frozenset(self._pipeline.bundle.manifest.stop_ids)
-        token_ids: list[int] = []
-        stopped = False
+        prefill, prefill_seconds = self._timings, self._prefill_seconds
+        self._timings, self._prefill_seconds = PrefillTimings(0.0, 0.0, 0.0), 0.0
         reply_before = self._reply_text()
+        token_ids: list[int] = []
+        seconds: list[float] = []
+        stopped = False
         while len(token_ids) < limit and not stopped:
             self._check_open()
             if self._current_stream is not sampler:
                 raise UsageError("this stream ended when its session went on with another stream or turn")
-            if self._reply_ids:
-                self._step(self._reply_ids[-1])
-            token_id = sampler.sample(self._last_logits, self.token_ids)
-            if not token_ids:
-                first_token_at = time.perf_counter()
+            started = time.perf_counter()
+            token_id = self._next_token(sampler)
             token_ids.append(token_id)
-            self._reply_ids.append(token_id)
-            stopped = token_id in stop_ids
-            text = "" if stopped else detokenizer.push(token_id)
-            if detokenizer.stopped:
-                stopped = True
-                self._cut_reply, self._num_cut_ids = reply_before + detokenizer.text, len(self._reply_ids)
+            if token_id in stop_ids:
+                stopped, text = True, ""
+                self._add_to_reply(token_id, whole_text=self._reply_text())
+            else:
+                text = detokenizer.push(token_id)
+                stopped = detokenizer.stopped
+                self._add_to_reply(token_id, whole_text=reply_before + detokenizer.text if stopped else None)
+            seconds.append(time.perf_counter() - started)
             yield Chunk(text, [token_id])
         rest = detokenizer.finish()
-        if detokenizer.stopped:  # finish() may find one too
+        if detokenizer.stopped and not stopped:  # held back so far, as it might have become an earlier stop string
             stopped = True
-            self._cut_reply, self._num_cut_ids = reply_before + detokenizer.text, len(self._reply_ids)
+            self._add_to_reply(None, whole_text=reply_before + detokenizer.text)
         timings = Timings(
-            sharer_prefill=self._timings.sharer_prefill,
-            receiver_prefill=self._timings.receiver_prefill,
-            fuse=self._timings.fuse,
-            ttft=self._prefill_seconds + first_token_at - started,
-            decode=time.perf_counter() - first_token_at,
+            sharer_prefill=prefill.sharer_prefill,
+            receiver_prefill=prefill.receiver_prefill,
+            fuse=prefill.fuse,
+            ttft=prefill_seconds + seconds[0],
+            decode=sum(seconds[1:]),
         )
         yield Chunk(rest, [], Generation(detokenizer.text, token_ids, "stop" if stopped else "length", timings))
+
+    def _next_token(self, sampler: Sampler) -> int:
+        if self._reply_ids:
+            self._step(self._reply_ids[-1])
+        return sampler.sample(self._last_logits, self._state.receiver.ids)
+
+    def _add_to_reply(self, token_id: int | None, whole_text: str | None) -> None:
+        """Add a generated token; `whole_text`, if given, is what the reply says so far, whatever its ids decode to."""
+        if token_id is not None:
+            self._reply_ids.append(token_id)
+        if whole_text is not None:
+            self._cut_reply, self._num_cut_ids = whole_text, len(self._reply_ids)
 
     def _reply_text(self) -> str:
         rest = self._pipeline.tokenizer.decode(self._reply_ids[self._num_cut_ids :], skip_special_tokens=True)
@@ -285,7 +307,8 @@ def _sampling_params(options: Mapping[str, Any]) -> SamplingParams:
     return SamplingParams(**options)
 
 
-def _is_ids(prompt: Any) -> bool:
+def is_ids(prompt: Any) -> bool:
+    """Whether a prompt is a row of token ids rather than messages or text."""
     if isinstance(prompt, np.ndarray):
         return True
     return (
@@ -297,7 +320,7 @@ def _is_ids(prompt: Any) -> bool:
 
 
 def _as_ids(prompt: Any) -> list[int]:
-    if isinstance(prompt, str) or (not isinstance(prompt, np.ndarray) and prompt and not _is_ids(prompt)):
+    if isinstance(prompt, str) or (not isinstance(prompt, np.ndarray) and prompt and not is_ids(prompt)):
         raise UsageError("this session holds token ids; append token ids, not messages")
     ids: list[int] = parse_ids(prompt).tolist()
     return ids

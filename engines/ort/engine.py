@@ -58,7 +58,8 @@ class CpuDevice(Device):
         except MemoryError as error:
             gigabytes = np.prod(shape) * np.dtype(dtype).itemsize / 1e9
             raise C2CError(
-                f"no memory for a buffer of {gigabytes:.1f} GB; export with a smaller --max-length"
+                f"no memory for a buffer of {gigabytes:.1f} GB; load with fewer num_slots, or export with a smaller "
+                "--max-length"
             ) from error
 
 

@@ -82,8 +82,16 @@ def root(tmp_path: Path) -> Path:
         (folder / name).write_bytes(content)
     (folder / "alignment").mkdir()
     np.save(folder / "alignment" / "sharer0.npy", np.arange(40, dtype=np.int32))
+    for name in TOKENIZER_FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
     write_manifest(folder, make_manifest(hash_folder(folder)))
     return folder
+
+
+TOKENIZER_FILES = tuple(
+    f"tokenizers/receiver/{name}" for name in ("tokenizer.json", "special_tokens.json", "chat_template.jinja")
+)
 
 
 def refusal(path: Path) -> str:
@@ -107,11 +115,13 @@ def test_a_manifest_is_read_back_as_it_was_written(root: Path) -> None:
         "alignment/sharer0.npy",
         "graphs/receiver.onnx",
         "graphs/receiver.onnx.data",
+        *TOKENIZER_FILES,
     }
     assert opened.file("graphs/receiver.onnx").read_bytes() == b"graph"
     assert opened.alignment_file(0).is_file()
     assert opened.tokenizer_folder() == root / "tokenizers" / "receiver"
-    assert opened.tokenizer_folder(1) == root / "tokenizers" / "sharer1"
+    with pytest.raises(BundleError, match=r"tokenizers/sharer1/tokenizer\.json"):
+        opened.tokenizer_folder(1)
 
 
 def test_a_bundle_may_be_moved_and_opened_by_a_relative_path(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +131,30 @@ def test_a_bundle_may_be_moved_and_opened_by_a_relative_path(root: Path, monkeyp
     assert Bundle.open(str(moved)).manifest == make_manifest(hash_folder(moved))
     monkeypatch.chdir(moved)
     assert Bundle.open(".").file("graphs/receiver.onnx") == moved / "graphs/receiver.onnx"
+
+
+@pytest.mark.parametrize("path", ["../outside.onnx", "/etc/passwd", "graphs/../../x.onnx", "graphs\\x.onnx", ""])
+def test_a_path_that_leaves_the_bundle_is_refused(root: Path, path: str) -> None:
+    edit_manifest(root, lambda content: content["engines"]["ort-cpu-fp32"]["graphs"].update(receiver=path))
+    assert "engines.ort-cpu-fp32.graphs.receiver" in refusal(root)
+
+
+@pytest.mark.parametrize("name", ["graphs/receiver.onnx", "graphs/receiver.onnx.data"])
+def test_a_file_that_the_manifest_does_not_list_is_not_used(root: Path, name: str) -> None:
+    edit_manifest(root, lambda content: content["files"].pop(name))
+    with pytest.raises(BundleError, match="lists no hash"):
+        Bundle.open(root).file("graphs/receiver.onnx")
+
+
+@pytest.mark.parametrize("graphs", [{}, {"receiver": "graphs/receiver.onnx", "fuser7": "graphs/receiver.onnx"}])
+def test_an_engine_with_other_graphs_than_the_bundle_is_refused(root: Path, graphs: dict[str, str]) -> None:
+    edit_manifest(root, lambda content: content["engines"]["ort-cpu-fp32"].update(graphs=graphs))
+    assert "engine ort-cpu-fp32" in refusal(root)
+
+
+def test_a_manifest_nested_too_deeply_is_refused(root: Path) -> None:
+    (root / "manifest.json").write_text("[" * 200_000)
+    assert "manifest.json" in refusal(root)
 
 
 @given(data=st.data())

@@ -89,9 +89,14 @@ def test_help_describes_every_option_of_a_command(run_cli: RunCli, command: str,
 
 def test_help_keeps_what_stands_in_brackets(run_cli: RunCli) -> None:
     pair, generate = (" ".join(run_cli(command, "--help")[1].split()) for command in ("pair", "generate"))
-    for text in ("a hub id[@revision]", "a hub id[:subfolder][@revision]", "[default: 2048]", "[required]"):
+    for text in (
+        "a hub id[@revision]",
+        "a hub id[:subfolder][@revision]",
+        "[default: 2048, or all positions",
+        "[required]",
+    ):
         assert text in pair
-    for text in ("[default: physical cores]", "[default: ort-cpu]", "[default: 256]"):
+    for text in ("[default: physical cores]", "[default: ort-cpu]", "[default: up to the bundle's capacity]"):
         assert text in generate
 
 

@@ -136,7 +136,7 @@ def test_a_missing_or_broken_chat_template_is_refused(pair: Pair) -> None:
 
 def test_an_existing_output_is_kept_unless_told_otherwise(pair: Pair) -> None:
     pair.output.mkdir()
-    (pair.output / "manifest.json").write_text("{}")
+    (pair.output / "manifest.json").write_text('{"schema_version": 0}')
     assert "--overwrite" in pair.refusal(UsageError)
 
 
@@ -248,7 +248,7 @@ def _remove(folder: Path) -> None:
 @pytest.mark.parametrize("damage", [_poison, _truncate, _remove])
 def test_bad_weights_are_refused_and_an_old_bundle_is_kept(pair: Pair, damage: Callable[[Path], None]) -> None:
     pair.output.mkdir()
-    (pair.output / "manifest.json").write_text('{"an": "old bundle"}')
+    (pair.output / "manifest.json").write_text('{"schema_version": 0, "an": "old bundle"}')
     damage(pair.folder / "receiver")
     assert str(pair.folder / "receiver") in pair.refusal(overwrite=True)
 
@@ -272,7 +272,7 @@ def test_wrong_usage_exits_with_2_and_a_failure_with_1(pair: Pair) -> None:
 @pytest.mark.parametrize("limit", [1000, 300_000], ids=["tokenizer", "weights"])
 def test_when_writing_fails_the_old_bundle_is_kept_and_nothing_else_is_left(pair: Pair, limit: int) -> None:
     pair.output.mkdir()
-    (pair.output / "manifest.json").write_text('{"an": "old bundle"}')
+    (pair.output / "manifest.json").write_text('{"schema_version": 0, "an": "old bundle"}')
     before = snapshot(pair.output.parent)
     limited = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))"
     result = run_cli(cli_arguments(pair, "--overwrite"), before=limited)
@@ -323,7 +323,7 @@ def test_overwriting_replaces_a_bundle_and_a_sharer_may_give_the_values_of_its_f
     )
     pair.output = pair.output.with_name("with [x] in its name")
     pair.output.mkdir()
-    (pair.output / "manifest.json").write_text("{}")
+    (pair.output / "manifest.json").write_text('{"schema_version": 0}')
     (pair.output / "old.txt").write_text("of the old bundle")
 
     result = run_cli(cli_arguments(pair, "--overwrite"))

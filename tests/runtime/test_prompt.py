@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+import warnings
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,9 @@ from c2c_export.alignment import compile_alignment
 from c2c_export.errors import C2CError, UsageError
 from c2c_export.tokenizer import BundledTokenizer
 from c2c_export.tokenizer_source import choose_chat_template, write_tokenizer
-from runtime.prompt import Message, Plan, PromptPlanner, Section, parse_messages
+from runtime.messages import Message, parse_messages
+from runtime.prompt import Plan, PromptPlanner, Section
+from runtime.sections import UnfusedMessageWarning
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 ALIGNED = ["qwen3_from_llama_aligned", "llama_from_gemma3_aligned"]
@@ -31,6 +34,12 @@ HUMAN = (
     "{% if add_generation_prompt %}### Assistant:{% endif %}"
 )
 TRIMMED = "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+# Each changes another message of a chat, so that the kinds of their sections can agree all the same.
+TRIMMED_FIRST, TRIMMED_LAST = (
+    "{% for m in messages %}<start_of_turn>{{ m.role }}\n{{ m.content | trim if loop." + which + " else m.content }}"
+    "<end_of_turn>\n{% endfor %}"
+    for which in ("first", "last")
+)
 REVERSED = "{% for m in messages | reverse %}<bos>{{ m.content }}<eos>{% endfor %}"
 BARE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
@@ -128,6 +137,7 @@ class Mismatch(Exception):
 class Row:
     kinds: list[str]
     parts: list[list[int]]
+    found: list[int]
 
 
 def oracle_row(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], generation_prompt: bool) -> Row:
@@ -136,10 +146,10 @@ def oracle_row(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
     )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    row = Row([], [])
+    row = Row([], [], [])
     search_from = 0
     done = 0
-    for message in messages:
+    for number, message in enumerate(messages):
         content = message["content"]
         everywhere = [i for i in range(len(text)) if content and text.startswith(content, i)]
         after = [i for i in everywhere if i >= search_from]
@@ -158,6 +168,7 @@ def oracle_row(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
         if done < first:
             row.kinds.append("template")
             row.parts.append(ids[done:first])
+        row.found.append(number)
         row.kinds.append("message")
         row.parts.append(ids[first:last])
         done = last
@@ -168,9 +179,10 @@ def oracle_row(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
 
 
 def oracle(models, messages, generation_prompt):
-    """Padded rows (None = padding) of the receiver and every sharer, and the message mask."""
+    """Padded rows (None = padding) of the receiver and every sharer, the message mask, and the messages left out."""
     rows = [oracle_row(source(*model), messages, generation_prompt) for model in models]
-    if any(row.kinds != rows[0].kinds for row in rows):
+    # The reference compares the kinds alone, and pairs different messages where those agree.
+    if any((row.kinds, row.found) != (rows[0].kinds, rows[0].found) for row in rows):
         raise Mismatch
     padded: list[list[int | None]] = [[] for _ in rows]
     mask: list[bool] = []
@@ -181,7 +193,8 @@ def oracle(models, messages, generation_prompt):
         for row, part in zip(padded, parts, strict=True):
             row.extend(part + [None] * (length - len(part)))
         mask.extend([kind == "message"] * length)
-    return padded, mask
+    unfused = [number for number, m in enumerate(messages) if m["content"] and number not in rows[0].found]
+    return padded, mask, unfused
 
 
 def assert_plan_equals_oracle(models, messages, generation_prompt):
@@ -189,7 +202,7 @@ def assert_plan_equals_oracle(models, messages, generation_prompt):
     sharers = list(range(len(models) - 1))
     chat = [Message(**message) for message in messages]
     try:
-        padded, mask = oracle(models, messages, generation_prompt)
+        padded, mask, unfused = oracle(models, messages, generation_prompt)
     except Mismatch:
         with pytest.raises(C2CError, match=r"message \d|after the last message"):
             planner.plan_messages(chat, sharers=sharers, add_generation_prompt=generation_prompt)
@@ -198,7 +211,11 @@ def assert_plan_equals_oracle(models, messages, generation_prompt):
         with pytest.raises(C2CError, match="renders these messages to nothing"):
             planner.plan_messages(chat, sharers=sharers, add_generation_prompt=generation_prompt)
         return
-    plan = planner.plan_messages(chat, sharers=sharers, add_generation_prompt=generation_prompt)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plan = planner.plan_messages(chat, sharers=sharers, add_generation_prompt=generation_prompt)
+    assert all(warning.category is UnfusedMessageWarning for warning in caught)
+    assert [str(warning.message).split(" (")[0] for warning in caught] == [f"message {number}" for number in unfused]
     assert plan.num_positions == len(mask)
     assert [flag for start, stop, flag in spans(plan) for _ in range(start, stop)] == mask
     assert all(a.fused != b.fused and a.stop == b.start for a, b in zip(plan.sections, plan.sections[1:], strict=False))
@@ -238,11 +255,12 @@ def chats(draw):
         [(GEMMA, HUMAN), (QWEN, None)],
         [(QWEN, HUMAN), (GEMMA, HUMAN)],
         [(QWEN, TRIMMED), (GEMMA, TRIMMED)],
+        [(QWEN, TRIMMED_FIRST), (GEMMA, TRIMMED_LAST)],
         [(QWEN, REVERSED), (LLAMA, REVERSED)],
         [(QWEN, BARE), (GEMMA, BARE)],
         [(QWEN, None), (LLAMA, None), (GEMMA, None)],
     ],
-    ids=["qwen<llama", "llama<gemma", "human<chat", "human", "trimmed", "reversed", "bare", "two sharers"],
+    ids=["qwen<llama", "llama<gemma", "human<chat", "human", "trimmed", "crossed", "reversed", "bare", "two sharers"],
 )
 def test_any_chat_is_planned_as_the_oracle_says(models, messages, generation_prompt):
     assert_plan_equals_oracle(models, messages, generation_prompt)
@@ -333,6 +351,47 @@ def test_a_text_that_one_template_changes_is_named():
     )
 
 
+def test_texts_that_two_templates_change_are_not_paired_with_one_another():
+    chat = [Message("user", " one "), Message("assistant", " two ")]
+    for templates, has, lacks in (
+        ((TRIMMED_FIRST, TRIMMED_LAST), "sharer 0", "the receiver"),
+        ((TRIMMED_LAST, TRIMMED_FIRST), "the receiver", "sharer 0"),
+    ):
+        planner = aligned_planner((QWEN, templates[0]), (GEMMA, templates[1]))
+        with pytest.raises(C2CError) as caught:
+            planner.plan_messages(chat, sharers=[0])
+        assert str(caught.value).startswith(
+            f"message 0 (user, ' one '): its text is in the prompt rendered for {has}, but not, unchanged, in that for "
+            f"{lacks}; remove spaces around it"
+        )
+
+
+def test_a_text_that_all_templates_change_is_not_fused_and_the_user_is_told():
+    planner = aligned_planner((QWEN, TRIMMED), (GEMMA, TRIMMED), (LLAMA, TRIMMED))
+    changed = [Message("system", ""), Message("user", " hi there, a text of more than 40 characters \n")]
+    with pytest.warns(UnfusedMessageWarning) as caught:
+        plan = planner.plan_messages(changed, sharers=[0, 1])
+    assert [str(warning.message) for warning in caught] == [
+        "message 1 (user, ' hi there, a text of more than 40 charac'): no chat template keeps its text unchanged, so "
+        "it is not fused, as in the reference; remove spaces around it, or use chat templates that keep message texts "
+        "as they are"
+    ]
+    assert spans(plan) == [(0, plan.num_positions, False)]
+    # All models read it none the less.
+    for model, tokens in zip((QWEN, GEMMA, LLAMA), (plan.receiver, *plan.sharers.values()), strict=True):
+        turns = [("system", ""), ("user", "hi there, a text of more than 40 characters")]
+        rendered = "".join(f"<start_of_turn>{role}\n{text}<end_of_turn>\n" for role, text in turns)
+        assert tokens.ids.tolist() == source(model)(rendered, add_special_tokens=False)["input_ids"]
+
+
+def test_no_warning_is_given_where_nothing_is_searched_for():
+    chat = [Message("user", " hi \n")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        aligned_planner((QWEN, TRIMMED), (GEMMA, TRIMMED)).plan_messages(chat, sharers=[])
+        PromptPlanner(bundled(QWEN, TRIMMED), [], [], False).plan_messages(chat, sharers=[0])
+
+
 def test_a_template_that_puts_no_text_between_messages_is_named():
     chat = [Message("user", "Hello"), Message("assistant", "Yes")]
     with pytest.raises(C2CError, match=r"^before message 0 \(user, 'Hello'\): the chat template of the receiver has"):
@@ -358,43 +417,7 @@ def test_tokens_that_a_model_does_not_embed_are_refused():
     assert narrow.plan_ids([0, 300], sharers=[]).num_positions == 2
 
 
-# ---- user input -----------------------------------------------------------------------------------------------------
-
-
-def test_a_string_is_one_user_turn():
-    assert parse_messages("Hi") == [Message("user", "Hi")]
-
-
-def test_messages_may_be_mappings_or_messages():
-    prompt = [{"role": "system", "content": ""}, Message("user", "Hi"), {"role": "user", "content": "x", "name": None}]
-    assert parse_messages(prompt) == [Message("system", ""), Message("user", "Hi"), Message("user", "x")]
-
-
-@pytest.mark.parametrize(
-    ("prompt", "message"),
-    [
-        ("", "the prompt is empty"),
-        (" \n", "the prompt is empty"),
-        ([], "the prompt is empty"),
-        ([{"role": "user", "content": ""}], "the prompt is empty"),
-        (None, "of type NoneType; expected text or a list of messages"),
-        (b"Hi", "of type bytes; expected text or a list"),
-        ({"role": "user", "content": "Hi"}, "of type dict; expected text or a list"),
-        (["Hi"], "message 0 is of type str; expected a mapping"),
-        ([{"role": "user", "content": "a"}, {"content": "b"}], "message 1 has no field 'role'"),
-        ([{"role": "user"}], "message 0 has no field 'content'"),
-        ([{"role": "user", "content": None}], "message 0: content is of type NoneType; expected text"),
-        ([{"role": "user", "content": [{"type": "text"}]}], "message 0: content is of type list"),
-        ([{"role": 3, "content": "a"}], "message 0: role is of type int"),
-        ([{"role": "", "content": "a"}], "message 0: role is empty"),
-        ([Message("user", 3)], "message 0: content is of type int"),
-        ([{"role": "user", "content": "a", "tool_calls": []}], "message 0 has a field 'tool_calls'"),
-        ("a\ud800b", "the prompt: content is not valid Unicode .* character 1"),
-    ],
-)
-def test_a_malformed_prompt_is_refused_by_message_and_field(prompt, message):
-    with pytest.raises(UsageError, match=message):
-        parse_messages(prompt)
+# ---- malformed ids and refusals -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
