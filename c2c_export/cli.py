@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 from rich.console import Console
@@ -41,7 +41,7 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _show_warning(message: Warning | str, *_: Any) -> None:
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _console.print(Text.assemble(("warning:", "bold yellow"), f" {message}"), soft_wrap=True)
 
 
