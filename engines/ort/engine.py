@@ -14,7 +14,7 @@ from c2c_export.bundle import TensorSpec
 from c2c_export.errors import C2CError
 from engines.base import Array, Buffer, Device, Engine, View
 
-ort.disable_telemetry_events()  # a server should write nothing into its user's home folder
+ort.disable_telemetry_events()  # what a user runs is nobody else's business
 
 _ALIGNMENT = 64  # bytes; a cache line and the widest vector register
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool", "tensor(float16)": "float16"}
