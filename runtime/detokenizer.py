@@ -17,8 +17,8 @@ from tokenizers import Tokenizer
 from c2c_export.errors import UsageError
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# The form that the ByteFallback decoder reads as a byte.
-_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
+# The form that the ByteFallback decoder reads as a byte; its number parser also takes a plus sign.
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f+][0-9A-Fa-f]>")
 
 
 class Detokenizer:

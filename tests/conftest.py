@@ -8,8 +8,7 @@ names a folder, bundles are kept there and reused by later runs; empty it after 
 import contextlib
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -77,18 +76,14 @@ def demo_models() -> Path:
 
 
 @pytest.fixture(scope="session")
-def demo_bundle(run_folder: Path, demo_models: Path) -> Iterator[Path]:
+def demo_bundle(run_folder: Path, demo_models: Path) -> Path:
     """The bundle of the real demo pair. All tests that use it belong to the xdist_group "demo"."""
 
     def export(output: Path) -> None:
         receiver, sharer = demo_models / "smollm2.gguf", demo_models / "gemma-3-270m.gguf"
         _export(receiver, [sharer], [ROOT / "scripts" / "demo_fuser"], output, DEMO_MAX_LENGTH, "parallel")
 
-    bundle = _once(run_folder, "demo.bundle", export)
-    yield bundle
-    if run_folder in bundle.parents:
-        # pytest keeps the folders of three runs, and this bundle takes more than a gigabyte
-        shutil.rmtree(bundle)
+    return _once(run_folder, "demo.bundle", export)
 
 
 def _export(
