@@ -13,9 +13,14 @@ from pathlib import Path
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
 from c2c_export.bundle import FusionMode
 from runtime import C2CPipeline
+
+# The same examples in every run: a failure is then the change's, not the day's.
+settings.register_profile("repeatable", derandomize=True)
+settings.load_profile("repeatable")
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
