@@ -138,7 +138,11 @@ def read_stop_ids(folder: Path, config: Any, tokenizer_end_id: int | None) -> tu
             raise C2CError(f"{path}: transformers cannot read it: {_first_line(error)}") from error
     for ids in (generation.eos_token_id, config.eos_token_id, tokenizer_end_id):
         if ids is not None:
-            return tuple(ids) if isinstance(ids, list | tuple) else (int(ids),)
+            several = tuple(ids) if isinstance(ids, list | tuple) else (ids,)
+            if not all(isinstance(token, int) and not isinstance(token, bool) for token in several):
+                where = path if ids is generation.eos_token_id and path.is_file() else folder / "config.json"
+                raise C2CError(f"{where}: field eos_token_id is {ids!r}, expected a token id or a list of token ids")
+            return several
     return ()
 
 

@@ -111,6 +111,11 @@ def _check_fits(receiver: SourceModel, sharer: SourceSharer, *, aligned: bool) -
             f"{fuser.folder / 'config.json'}: is_do_alignment is {fuser.aligned}, but the first fuser's is {aligned}; "
             "the fusers of one bundle must agree"
         )
+    if aligned and receiver.tokenizer.pad_token is None and receiver.tokenizer.eos_token is None:
+        raise C2CError(
+            f"{receiver.source}: its tokenizer has neither a padding nor an end token, and {fuser.folder} was trained "
+            "with alignment, which pads; name one of both in tokenizer_config.json"
+        )
     if not aligned and sharer.model.shape.vocab_size < len(receiver.tokenizer):
         raise C2CError(
             f"{sharer.model.source}: its vocabulary of {sharer.model.shape.vocab_size} does not cover the receiver's "

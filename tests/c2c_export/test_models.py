@@ -289,3 +289,13 @@ def test_the_record_names_every_source_file_by_its_hash(folder: Path) -> None:
 def test_a_single_file_source_is_hashed_itself(folder: Path) -> None:
     path = folder / "model.safetensors"
     assert set(model_record(str(path), folder, shape_of(read_config(folder)), "model").sources) == {path.name}
+
+
+@pytest.mark.parametrize("value", ['[1, "x"]', '"<eos>"', "true", "1.5"])
+def test_a_stop_id_that_is_no_token_id_is_named(tmp_path: Path, value: str) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(Path(__file__).parents[1] / "golden" / "qwen3_from_qwen2" / "receiver", folder)
+    (folder / "generation_config.json").write_text(f'{{"eos_token_id": {value}}}')
+    message = refusal(lambda: read_stop_ids(folder, read_config(folder), 2))
+    assert "generation_config.json" in message
+    assert "eos_token_id" in message or "transformers cannot read it" in message
