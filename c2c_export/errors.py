@@ -15,3 +15,15 @@ class UsageError(C2CError):
 
 class BundleError(C2CError):
     """A bundle that is missing, damaged, changed, or of another schema version. The message names the file."""
+
+
+_MAX_REASON = 300
+
+
+def reason_of(error: BaseException) -> str:
+    """What another library's exception says, in one line of at most 300 characters; its class's name if nothing.
+
+    Not its first line alone: validation errors name the field there and the reason below.
+    """
+    line = " ".join(str(error).split()) or type(error).__name__
+    return line if len(line) <= _MAX_REASON else line[:_MAX_REASON] + " …"

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from c2c_export.bundle import ModelRecord, sha256_of
-from c2c_export.errors import C2CError
+from c2c_export.errors import C2CError, reason_of
 from c2c_export.trace.decoder import sliding_window_of
 
 SUPPORTED_ARCHITECTURES = {
@@ -50,7 +50,7 @@ def read_config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever a broken field leads to
-        raise C2CError(f"{path}: transformers cannot read it: {_first_line(error)}") from error
+        raise C2CError(f"{path}: transformers cannot read it: {reason_of(error)}") from error
     _check_supported(path, config)
     return config
 
@@ -90,7 +90,7 @@ def check_weight_files(folder: Path) -> None:
                     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
                         raise C2CError(f"{file}: tensor {name} holds NaN or infinite values")
         except (SafetensorError, OSError) as error:
-            raise C2CError(f"{file}: the weights cannot be read: {_first_line(error)}") from error
+            raise C2CError(f"{file}: the weights cannot be read: {reason_of(error)}") from error
 
 
 def load_weights(folder: Path, config: Any) -> PreTrainedModel:
@@ -110,7 +110,7 @@ def load_weights(folder: Path, config: Any) -> PreTrainedModel:
             output_loading_info=True,
         )
     except Exception as error:  # safetensors, torch and transformers each have their own kinds
-        raise C2CError(f"{folder}: the weights cannot be loaded: {_first_line(error)}") from error
+        raise C2CError(f"{folder}: the weights cannot be loaded: {reason_of(error)}") from error
     # transformers fills missing tensors with random numbers and only logs it
     missing = sorted(loading["missing_keys"])
     if missing:
@@ -135,7 +135,7 @@ def read_stop_ids(folder: Path, config: Any, tokenizer_end_id: int | None) -> tu
         try:
             generation = GenerationConfig.from_pretrained(folder, local_files_only=True)
         except Exception as error:  # transformers raises whatever a broken field leads to
-            raise C2CError(f"{path}: transformers cannot read it: {_first_line(error)}") from error
+            raise C2CError(f"{path}: transformers cannot read it: {reason_of(error)}") from error
     for ids in (generation.eos_token_id, config.eos_token_id, tokenizer_end_id):
         if ids is not None:
             several = tuple(ids) if isinstance(ids, list | tuple) else (ids,)
@@ -189,6 +189,9 @@ def _check_supported(path: Path, config: Any) -> None:
         raise C2CError(f"{path}: field attn_logit_softcapping: softcapped attention is not supported; expected null")
     if getattr(config, "use_bidirectional_attention", False):
         raise C2CError(f"{path}: field use_bidirectional_attention: expected false, a causal language model")
+    window = sliding_window_of(config)
+    if window is not None and window < 1:
+        raise C2CError(f"{path}: field sliding_window is {window}; expected null or at least 1 position")
     rotary = config.rope_parameters or {}
     for parameters in (rotary, *(value for value in rotary.values() if isinstance(value, dict))):
         if parameters.get("rope_type") in _LENGTH_DEPENDENT_ROTARY:
@@ -196,8 +199,3 @@ def _check_supported(path: Path, config: Any) -> None:
                 f"{path}: rotary type {parameters['rope_type']} depends on the prompt's length and is not supported; "
                 "supported are default, linear, llama3 and yarn"
             )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

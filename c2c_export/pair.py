@@ -86,6 +86,11 @@ def _plan(options: PairOptions) -> ExportPlan:
     ]
     for sharer in sharers:
         _check_fits(receiver, sharer, aligned=fusers[0].aligned)
+    if options.sharer_chat_templates and not fusers[0].aligned:
+        raise UsageError(
+            "--sharer-chat-template: this pair is unaligned, so the sharer reads the receiver's tokens and has no "
+            "template of its own; give --receiver-chat-template"
+        )
     return ExportPlan(
         receiver=receiver,
         sharers=sharers,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from huggingface_hub import snapshot_download
 
-from c2c_export.errors import C2CError, UsageError
+from c2c_export.errors import C2CError, UsageError, reason_of
 from c2c_export.gguf import convert_gguf
 
 _HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?P<subfolder>:[^@]+)?(?P<revision>@[\w./-]+)?", flags=re.ASCII)
@@ -61,9 +61,8 @@ def _download(source: str, what: str, patterns: list[str]) -> Path:
             allow_patterns=[f"{subfolder}/*"] if subfolder else patterns,
         )
     except Exception as error:  # the hub client raises many kinds: network, authentication, offline, bad revision
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise C2CError(
-            f"{source}: no such folder here, and the hub did not give it: {reason}\n"
+            f"{source}: no such folder here, and the hub did not give it: {reason_of(error)}\n"
             "Check the spelling, the revision and the network, or download it and pass the folder."
         ) from error
     folder = Path(snapshot) / subfolder

@@ -45,7 +45,9 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise UsageError(f"{output}: not a name for a bundle")
     if not output.parent.is_dir():
         raise UsageError(f"{output.parent}: no such folder to write the bundle into")
-    if not output.exists() and not output.is_symlink():
+    if output.is_symlink() and not output.exists():
+        raise UsageError(f"{output} is a link to nothing; remove it or choose another output")
+    if not output.exists():
         return
     if not overwrite:
         raise UsageError(f"{output} exists already; choose another output or pass --overwrite")

@@ -101,7 +101,8 @@ def check_same_parts(messages: Sequence[Message], ours: Rendering, theirs: Rende
         has, lacks = ("the receiver", other) if number in ours.found else (other, "the receiver")
         raise C2CError(
             f"{_describe(messages, number)}: its text is in the prompt rendered for {has}, but not, unchanged, in that "
-            f"for {lacks}; remove spaces around it, or use chat templates that keep message texts as they are"
+            f"for {lacks}, whose chat template drops or changes it (some drop the system turn, some trim spaces); "
+            "change the message, or use chat templates that keep message texts as they are"
         )
     our_kinds = [part.is_message for part in ours.parts]
     their_kinds = [part.is_message for part in theirs.parts]

@@ -118,8 +118,8 @@ class Session:
         """Copies of a receiver layer's key and value, each [Ht, n, Dt]: the real rows, fused where they were."""
         self._check_open()
         num_layers = self._pipeline.bundle.manifest.receiver.num_layers
-        if not 0 <= layer < num_layers:
-            raise UsageError(f"layer {layer}: the receiver has layers 0 to {num_layers - 1}")
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers:
+            raise UsageError(f"layer {layer!r}: the receiver has layers 0 to {num_layers - 1}")
         return self._pipeline.read_receiver(self._slot, layer, len(self.position_ids))
 
     def append(self, prompt: Prompt) -> None:

@@ -148,6 +148,13 @@ def test_a_configuration_that_cannot_be_exported_is_refused_by_field(
     assert expected in weights_refusal(folder)
 
 
+@pytest.mark.parametrize("window", [0, -3])
+def test_a_sliding_window_without_positions_is_refused(tmp_path: Path, window: int) -> None:
+    build_model(CONFIGS["mistral_sliding"]()).save_pretrained(tmp_path)
+    edit_json(tmp_path / "config.json", sliding_window=window)
+    assert f"field sliding_window is {window}; expected null or at least 1 position" in config_refusal(tmp_path)
+
+
 def test_softcapped_or_bidirectional_attention_is_refused(tmp_path: Path) -> None:
     config = CONFIGS["gemma3"]()
     for field, value in (("attn_logit_softcapping", 50.0), ("use_bidirectional_attention", True)):

@@ -475,8 +475,10 @@ def test_an_engine_that_the_bundle_lacks_is_refused(name: str, recorded_bundle: 
     for engine, precision in (("tensorrt", "fp32"), ("ort-cpu", "int8")):
         with pytest.raises(UsageError, match=rf"no engine {engine} in {precision}; it has ort-cpu-fp32"):
             C2CPipeline.from_bundle(recorded_bundle(name), engine, precision)
-    with pytest.raises(UsageError, match="num_slots is 0"):
-        C2CPipeline.from_bundle(recorded_bundle(name), num_slots=0)
+    for option in ("num_slots", "num_threads"):
+        for wrong in (0, -1, 1.5, "2", True):
+            with pytest.raises(UsageError, match=f"{option} is {wrong!r}, expected an integer of at least 1"):
+                C2CPipeline.from_bundle(recorded_bundle(name), **{option: wrong})
 
 
 @unaligned

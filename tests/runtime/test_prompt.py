@@ -362,7 +362,7 @@ def test_texts_that_two_templates_change_are_not_paired_with_one_another():
             planner.plan_messages(chat, sharers=[0])
         assert str(caught.value).startswith(
             f"message 0 (user, ' one '): its text is in the prompt rendered for {has}, but not, unchanged, in that for "
-            f"{lacks}; remove spaces around it"
+            f"{lacks}, whose chat template drops or changes it"
         )
 
 
