@@ -4,6 +4,10 @@ The runtime owns all buffers. It allocates each once through the engine's `Devic
 runs; an engine never copies a cache. Where an input and an output are to be the same cache, the caller binds the same
 view to both.
 
+A `Device` is also a queue: copies and runs are carried out in the order of the calls, and on a GPU a call may return
+before its work is done. Each model has a device of its own, all over the same memory, so that the sharers and the
+receiver can work at the same time; an `Event` of one device that another waits for joins them.
+
 Not covered: building engines from portable graphs, which each backend does in its own `lower` or `build` module.
 """
 
@@ -17,6 +21,7 @@ from numpy.typing import NDArray
 from c2c_export.bundle import TensorSpec
 
 Array = NDArray[np.generic]
+BFLOAT16 = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,17 @@ class View:
     """Address of the first element on the device."""
     shape: tuple[int, ...]
     dtype: str
-    """numpy's name, such as "float32"."""
+    """numpy's name, such as "float32"; or "bfloat16", which numpy lacks."""
     device: str
     """ONNX Runtime's name of the device type: "cpu" or "cuda"."""
 
 
 class Buffer(ABC):
-    """Memory on a device, of one dtype and shape, zeroed when allocated, freed when no longer referenced."""
+    """Memory on a device, of one dtype and shape, zeroed when allocated, freed when no longer referenced.
+
+    Host arrays have the buffer's dtype, except that "bfloat16" is read as float32 (exactly) and written from float32
+    (rounded to nearest even), since numpy has no such type.
+    """
 
     shape: tuple[int, ...]
     dtype: str
@@ -50,19 +59,43 @@ class Buffer(ABC):
 
     @abstractmethod
     def read(self, *index: int | slice) -> Array:
-        """A copy on the host of the part at `index`."""
+        """A copy on the host of the part at `index`; waits for all that was queued before it."""
 
     @abstractmethod
     def write(self, value: Array, *index: int | slice) -> None:
-        """Copy a host array of the same shape into the part at `index`."""
+        """Queue a copy of a host array of the same shape into the part at `index`; `value` may change afterwards."""
+
+    @abstractmethod
+    def copy_from(self, source: "Buffer", *index: int | slice) -> None:
+        """Queue a copy of the part of `source` at `index` into the first elements of this buffer, of the same dtype.
+
+        Queued on this buffer's device. Nothing passes through the host. Raises `ValueError` when dtypes differ or the
+        part does not fit.
+        """
+
+
+class Event(ABC):
+    """A mark in a device's queue, reached when everything queued before it is done."""
+
+    @abstractmethod
+    def seconds_since(self, earlier: "Event") -> float:
+        """Seconds between `earlier` and this mark being reached, both of one device; waits for this one."""
 
 
 class Device(ABC):
-    """Where an engine's buffers live."""
+    """Memory for an engine's buffers, and the queue of the work on them."""
 
     @abstractmethod
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """A zeroed buffer. Raises `C2CError` when the device's memory does not suffice."""
+
+    @abstractmethod
+    def record(self) -> Event:
+        """A mark behind all that was queued so far."""
+
+    @abstractmethod
+    def wait(self, event: Event) -> None:
+        """Let what is queued from now on begin only when `event`, of any device, is reached; returns at once."""
 
 
 class Engine(ABC):
@@ -76,7 +109,7 @@ class Engine(ABC):
     device: Device
 
     def run(self, bindings: Mapping[str, View]) -> None:
-        """Run once, reading and writing the bound memory. Returns when the outputs are there.
+        """Queue one run, which reads and writes the bound memory, on `device`. `Buffer.read` waits for its outputs.
 
         `bindings` names every input and output of the graph, each once; an input and an output that are the same
         cache share a view. Raises `ValueError` when a name is missing or unknown, or when dtype or shape disagree
@@ -93,6 +126,29 @@ class Engine(ABC):
     @abstractmethod
     def _run(self, bindings: Mapping[str, View]) -> None:
         """Run with bindings that were checked."""
+
+
+def storage_dtype(dtype: str) -> np.dtype[np.generic]:
+    """The numpy dtype of a buffer's elements in memory: bfloat16 is stored as its 16 bits, uint16."""
+    return np.dtype("uint16" if dtype == BFLOAT16 else dtype)
+
+
+def stored(value: Array, dtype: str) -> Array:
+    """`value` as a buffer of `dtype` stores it; bfloat16 is rounded to nearest even, NaN stays NaN."""
+    if dtype != BFLOAT16:
+        return np.asarray(value, dtype=dtype)
+    single = np.asarray(value, dtype=np.float32)
+    bits = single.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    # Rounding could carry a NaN's mantissa into infinity.
+    return np.where(np.isnan(single), np.uint32(0x7FC0), rounded).astype(np.uint16)
+
+
+def loaded(bits: Array, dtype: str) -> Array:
+    """What a host reads of a buffer of `dtype` that stores `bits`; bfloat16 becomes float32."""
+    if dtype != BFLOAT16:
+        return bits
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _check_view(spec: TensorSpec, view: View) -> None:

@@ -22,6 +22,7 @@ class KVCachePool:
         """Allocate a buffer for every input named `past_…` among `inputs`, [B,H,C,D] with static H, C, D."""
         self.num_slots = num_slots
         self._buffers: dict[str, Buffer] = {}
+        self._in_place: dict[int, Mapping[str, View]] = {}
         for spec in inputs:
             if spec.name.startswith(_PAST):
                 shape = (num_slots, *(int(size) for size in spec.shape[1:]))
@@ -33,12 +34,18 @@ class KVCachePool:
         return buffer.view(slot, shape=(1, *buffer.shape[1:]))
 
     def in_place(self, slot: int) -> Mapping[str, View]:
-        """Bindings of every cache of a slot, as input and as output."""
-        bindings = {}
-        for name in self._buffers:
-            bindings[name] = bindings[_PAST + name] = self.view(name, slot)
-        return bindings
+        """Bindings of every cache of a slot, as input and as output; the same object every time."""
+        if slot not in self._in_place:
+            bindings = {}
+            for name in self._buffers:
+                bindings[name] = bindings[_PAST + name] = self.view(name, slot)
+            self._in_place[slot] = bindings
+        return self._in_place[slot]
 
     def read_rows(self, name: str, slot: int, start: int, stop: int) -> NDArray[np.float32]:
         """A host copy of the rows [start, stop) of one cache's slot: [H, stop - start, D]."""
         return self._buffers[name].read(slot, slice(None), slice(start, stop)).astype(np.float32, copy=False)
+
+    def copy_rows(self, name: str, slot: int, start: int, stop: int, into: Buffer) -> None:
+        """Copy the rows [start, stop) of one cache's slot, [H, stop - start, D], to the beginning of `into`."""
+        into.copy_from(self._buffers[name], slot, slice(None), slice(start, stop))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Buffer, Engine, View
+from engines.base import Buffer, Device, Engine, View
 from runtime.cache import KVCachePool
 
 Int64Array = NDArray[np.int64]
@@ -38,6 +38,11 @@ class Decoder:
             if spec.name == "logits":
                 self._logits = allocate((1, 1, int(spec.shape[2])), spec.dtype)
 
+    @property
+    def device(self) -> Device:
+        """The device that `run` queues its work on."""
+        return self._engine.device
+
     def run(
         self,
         slot: int,
@@ -47,7 +52,7 @@ class Decoder:
         *,
         num_hidden: int = 0,
     ) -> None:
-        """Compute S tokens, writing their keys and values into the slot's rows from `write_index` on.
+        """Queue the computation of S tokens, writing their keys and values into the slot's rows from `write_index` on.
 
         The last `num_hidden` tokens (closing padding) see the other rows, but no token sees them, nor do they see
         themselves; the next call writes over their rows. The last token's logits can be had from `logits`.
@@ -75,6 +80,6 @@ class Decoder:
         self._engine.run({**bindings, **self.pool.in_place(slot)})
 
     def logits(self) -> NDArray[np.float32]:
-        """A copy of the logits [V] of the last token of the last `run`. Only a receiver has them."""
+        """A copy of the logits [V] of the last token of the last `run`, once it is done. Only a receiver has them."""
         assert self._logits is not None, "a sharer's graph has no logits"
         return self._logits.read(0, 0).astype(np.float32, copy=False)

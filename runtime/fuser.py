@@ -3,8 +3,6 @@
 The graph is described in `c2c_export.trace.fuser`.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -29,10 +27,13 @@ class Fuser:
                 elements = int(num_heads) * int(head_dim) * max_length
                 self._unfused[spec.name.removeprefix(_UNFUSED)] = allocate((elements,), spec.dtype)
 
-    @property
-    def unfused_names(self) -> frozenset[str]:
-        """The receiver caches of which `run` wants the rows as they were before any fuser; empty if it wants none."""
-        return frozenset(self._unfused)
+    def keep_unfused(self, receiver: KVCachePool, slot: int, rows: range) -> None:
+        """Keep the receiver's rows as they are now, before any fuser changes them, if the graph wants them.
+
+        To be called for every fuser of a section before the first of them runs.
+        """
+        for name, buffer in self._unfused.items():
+            receiver.copy_rows(name, slot, rows.start, rows.stop, into=buffer)
 
     def run(
         self,
@@ -41,12 +42,8 @@ class Fuser:
         slot: int,
         receiver_rows: range,
         sharer_rows: NDArray[np.int64],
-        unfused: Mapping[str, NDArray[np.float32]],
     ) -> None:
-        """Fuse N rows of `slot`; `sharer_rows` [N] pairs with `receiver_rows`, one contiguous run.
-
-        `unfused` holds the receiver's rows [H,N,D] from before any fuser, for every name in `unfused_names`.
-        """
+        """Queue the fusion of N rows of `slot`; `sharer_rows` [N] pairs with `receiver_rows`, one contiguous run."""
         num_rows = len(receiver_rows)
         self._rows["receiver_rows"].write(np.asarray(receiver_rows, dtype=np.int64), slice(0, num_rows))
         self._rows["sharer_rows"].write(sharer_rows, slice(0, num_rows))
@@ -57,12 +54,9 @@ class Fuser:
             if spec.name.startswith(_SHARER) and spec.name not in bindings:
                 bindings[spec.name] = sharer.view(spec.name.removeprefix(_SHARER), slot)
             elif spec.name.startswith(_UNFUSED):
-                bindings[spec.name] = self._bind_unfused(spec.name.removeprefix(_UNFUSED), unfused)
+                _, num_heads, _, head_dim = spec.shape
+                buffer = self._unfused[spec.name.removeprefix(_UNFUSED)]
+                bindings[spec.name] = buffer.view(shape=(1, int(num_heads), num_rows, int(head_dim)))
             elif spec.name not in bindings:
                 bindings[spec.name] = receiver.view(spec.name.removeprefix(_PAST), slot)
         self._engine.run(bindings)
-
-    def _bind_unfused(self, name: str, unfused: Mapping[str, NDArray[np.float32]]) -> View:
-        rows, buffer = unfused[name], self._unfused[name]
-        buffer.write(rows.reshape(-1), slice(0, rows.size))
-        return buffer.view(shape=(1, *rows.shape))

@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 from c2c_export.bundle import Bundle
 from c2c_export.errors import C2CError, UsageError
 from c2c_export.tokenizer import BundledTokenizer
-from engines.ort.engine import OrtCpuEngine
+from engines.base import Device, Engine
+from engines.select import choose_engine, load_engine, new_device
 from runtime.decoder import Decoder
 from runtime.fuser import Fuser
 from runtime.messages import Message
@@ -27,27 +28,31 @@ from runtime.session import Chunk, Generation, Prompt, Session, is_ids
 class C2CPipeline:
     """A loaded bundle. Open one per process; sessions share its engines and its pool of slots. Not thread-safe."""
 
-    def __init__(self, bundle: Bundle, engine: str, precision: str, num_slots: int, num_threads: int | None) -> None:
+    def __init__(
+        self, bundle: Bundle, engine: str, precision: str | None, num_slots: int, num_threads: int | None
+    ) -> None:
         """See `from_bundle`."""
         manifest = bundle.manifest
-        record = manifest.engines.get(f"{engine}-{precision}")
-        if record is None:
-            raise UsageError(
-                f"{bundle.root} has no engine {engine} in {precision}; it has {', '.join(manifest.engines)}"
-            )
-        if num_slots < 1:
-            raise UsageError(f"num_slots is {num_slots}, expected at least 1")
-        if num_threads is not None and num_threads < 1:
-            raise UsageError(f"num_threads is {num_threads}, expected at least 1")
+        for name, count in (("num_slots", num_slots), ("num_threads", 1 if num_threads is None else num_threads)):
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise UsageError(f"{name} is {count!r}, expected an integer of at least 1")
         self.bundle = bundle
+        self.engine_choice = choose_engine(bundle, engine, precision)
+        """The engine that runs, and why (`reason`)."""
+        target, graphs = self.engine_choice.target, self.engine_choice.record.graphs
 
-        def load(name: str) -> OrtCpuEngine:
-            return OrtCpuEngine(bundle.file(record.graphs[name]), num_threads)
+        def load(name: str, device: Device) -> Engine:
+            return load_engine(target, bundle.file(graphs[name]), device, num_threads)
 
-        computed = [number for number in range(len(manifest.sharers)) if f"fuser{number}" in record.graphs]
-        self.receiver = Decoder(load("receiver"), num_slots, manifest.max_length)
-        sharers = {number: Decoder(load(f"sharer{number}"), num_slots, manifest.max_length) for number in computed}
-        fusers = {number: Fuser(load(f"fuser{number}"), manifest.max_length) for number in computed}
+        def decoder(name: str, device: Device) -> Decoder:
+            return Decoder(load(name, device), num_slots, manifest.max_length)
+
+        computed = [number for number in range(len(manifest.sharers)) if f"fuser{number}" in graphs]
+        # Every model has a queue of its own, so that all prefill at once; a fuser changes the receiver's caches.
+        device = new_device(target)
+        self.receiver = decoder("receiver", device)
+        sharers = {number: decoder(f"sharer{number}", new_device(target)) for number in computed}
+        fusers = {number: Fuser(load(f"fuser{number}", device), manifest.max_length) for number in computed}
         self.prefiller = Prefiller(self.receiver, sharers, fusers)
         receiver_tokenizer = BundledTokenizer.load(bundle.tokenizer_folder())
         self.tokenizer: Tokenizer = receiver_tokenizer.backend
@@ -60,16 +65,19 @@ class C2CPipeline:
         cls,
         path: str | os.PathLike[str],
         engine: str = "ort-cpu",
-        precision: str = "fp32",
+        precision: str | None = None,
         *,
         num_slots: int = 8,
         num_threads: int | None = None,
     ) -> "C2CPipeline":
         """Open the bundle at `path` and load its engine of that name and precision.
 
-        `num_slots` is how many sessions may be open at once; their caches are allocated here and take memory when used.
-        `num_threads` per engine defaults to the physical cores. Raises `BundleError` when a file of the bundle is
-        missing or changed, `UsageError` when it has no such engine.
+        `engine="auto"` takes the best engine of the bundle that this machine can run; `engine_choice` says which and
+        why. `precision` may be "auto" too, which is what it is by default for "auto"; for a named engine it is "fp32".
+        `num_slots` is how many sessions may be open at once; their caches are allocated here and take memory when used
+        (on a GPU at once). `num_threads` per engine on the CPU defaults to the physical cores. Raises `BundleError`
+        when a file of the bundle is missing or changed, `UsageError` when it has no such engine, `C2CError` when it has
+        and this machine cannot run it.
         """
         return cls(Bundle.open(path), engine, precision, num_slots, num_threads)
 

@@ -3,17 +3,23 @@
 Sharers are prefilled in one call each, up to the last fused token: their rows never change. The receiver is prefilled
 up to the end of each fused section, whose rows are then fused before the next section attends to them (arXiv
 2510.03215; the order is the reference's).
+
+On a GPU the sharers and the receiver have queues of their own and compute at the same time; the receiver's queue waits
+for a sharer's where a fuser first reads that sharer's rows.
 """
 
-import time
-from collections.abc import Collection, Mapping
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from engines.base import Device, Event
 from runtime.decoder import Decoder, Int64Array
 from runtime.fuser import Fuser
 from runtime.prompt import ModelTokens, Plan
+
+_Span = tuple[Event, Event]
 
 NO_TOKENS = ModelTokens(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
@@ -44,7 +50,7 @@ class SlotState:
 
 @dataclass(frozen=True)
 class PrefillTimings:
-    """Seconds spent in each phase."""
+    """Seconds that the devices spent in each phase; on a GPU the first two overlap, and so do several sharers."""
 
     sharer_prefill: float
     receiver_prefill: float
@@ -72,26 +78,35 @@ class Prefiller:
         }
         first_row = _reusable_rows(state, target, reusable_sharer_rows)
 
-        started = time.perf_counter()
+        sharer_spans: list[_Span] = []
+        receiver_spans: list[_Span] = []
+        fuse_spans: list[_Span] = []
+        device = self._receiver.device
+        unfinished: list[Event] = []
         for number, tokens in target.sharers.items():
             done = reusable_sharer_rows[number]
             if done < len(tokens.ids):
-                self._sharers[number].run(slot, tokens.ids[done:], tokens.position_ids[done:], done)
-        sharer_seconds = time.perf_counter() - started
+                sharer = self._sharers[number]
+                # An interrupted call may have left a fuser that still reads the rows that are written now.
+                sharer.device.wait(device.record())
+                with _timed(sharer.device, sharer_spans):
+                    sharer.run(slot, tokens.ids[done:], tokens.position_ids[done:], done)
+                unfinished.append(sharer.device.record())
 
-        fuse_seconds = 0.0
-        started = time.perf_counter()
         for section in target.fused:
             if section.stop > first_row:
-                self._prefill_receiver(slot, target.receiver, first_row, section.stop)
-                fuse_started = time.perf_counter()
-                self._fuse(slot, target, section)
-                fuse_seconds += time.perf_counter() - fuse_started
+                with _timed(device, receiver_spans):
+                    self._prefill_receiver(slot, target.receiver, first_row, section.stop)
+                while unfinished:
+                    device.wait(unfinished.pop())
+                with _timed(device, fuse_spans):
+                    self._fuse(slot, target, section)
                 first_row = section.stop
-        self._prefill_receiver(slot, target.receiver, first_row, len(target.receiver.ids), closing_padding_of=plan)
-        receiver_seconds = time.perf_counter() - started - fuse_seconds
+        with _timed(device, receiver_spans):
+            self._prefill_receiver(slot, target.receiver, first_row, len(target.receiver.ids), closing_padding_of=plan)
+        timings = PrefillTimings(_seconds(sharer_spans), _seconds(receiver_spans), _seconds(fuse_spans))
         state.receiver, state.sharers, state.fused = target.receiver, target.sharers, target.fused
-        return PrefillTimings(sharer_seconds, receiver_seconds, fuse_seconds)
+        return timings
 
     def _prefill_receiver(
         self, slot: int, tokens: ModelTokens, start: int, stop: int, closing_padding_of: Plan | None = None
@@ -108,11 +123,23 @@ class Prefiller:
         rows = range(section.start, section.stop)
         positions = target.receiver.position_ids[section.start : section.stop]
         selected = sorted(target.sharers)
-        names = frozenset[str]().union(*(self._fusers[number].unfused_names for number in selected))
-        unfused = {name: self._receiver.pool.read_rows(name, slot, rows.start, rows.stop) for name in names}
+        pool = self._receiver.pool
+        for number in selected:
+            self._fusers[number].keep_unfused(pool, slot, rows)
         for number in selected:
             sharer_rows: Int64Array = np.searchsorted(target.sharers[number].position_ids, positions).astype(np.int64)
-            self._fusers[number].run(self._receiver.pool, self._sharers[number].pool, slot, rows, sharer_rows, unfused)
+            self._fusers[number].run(pool, self._sharers[number].pool, slot, rows, sharer_rows)
+
+
+@contextlib.contextmanager
+def _timed(device: Device, spans: list[_Span]) -> Iterator[None]:
+    start = device.record()
+    yield
+    spans.append((start, device.record()))
+
+
+def _seconds(spans: list[_Span]) -> float:
+    return sum(stop.seconds_since(start) for start, stop in spans)
 
 
 def _state_of(plan: Plan, computed: Collection[int]) -> SlotState:

@@ -1,31 +1,41 @@
 """Engines on ONNX Runtime: a session per graph, caches bound by pointer and updated in place, nothing copied.
 
 The CPU provider runs the portable graphs as they are. `TensorScatter` writes in place because the same address is bound
-as its input and as its output (https://onnxruntime.ai/docs/api/python/api_summary.html#iobinding).
+as its input and as its output (https://onnxruntime.ai/docs/api/python/api_summary.html#iobinding). `OrtEngine` is what
+the CPU provider and the CUDA provider (`engines.ort.cuda`) have in common.
 """
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from c2c_export.bundle import TensorSpec
 from c2c_export.errors import C2CError
-from engines.base import Array, Buffer, Device, Engine, View
+from engines.base import BFLOAT16, Array, Buffer, Device, Engine, Event, View, loaded, storage_dtype, stored
 
 ort.disable_telemetry_events()  # what a user runs is nobody else's business
 
 _ALIGNMENT = 64  # bytes; a cache line and the widest vector register
-_DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "tensor(bool)": "bool", "tensor(float16)": "float16"}
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": BFLOAT16,
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
+_ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; numpy has no such type to pass
 
 
 class CpuBuffer(Buffer):
-    """Host memory, aligned to 64 bytes. `array` is the memory itself, as numpy sees it."""
+    """Host memory, aligned to 64 bytes. `array` is the memory itself, as numpy sees it (bfloat16 as uint16)."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
         self.shape, self.dtype = shape, dtype
-        item = np.dtype(dtype)
+        item = storage_dtype(dtype)
         num_bytes = int(np.prod(shape)) * item.itemsize
         raw = np.zeros(num_bytes + _ALIGNMENT, dtype=np.uint8)
         offset = -raw.ctypes.data % _ALIGNMENT
@@ -41,56 +51,101 @@ class CpuBuffer(Buffer):
 
     def read(self, *index: int | slice) -> Array:
         """See `Buffer.read`."""
-        return self.array[index].copy()
+        return loaded(self.array[index].copy(), self.dtype)
 
     def write(self, value: Array, *index: int | slice) -> None:
         """See `Buffer.write`."""
-        self.array[index] = value
+        self.array[index] = stored(value, self.dtype)
+
+    def copy_from(self, source: Buffer, *index: int | slice) -> None:
+        """See `Buffer.copy_from`."""
+        if not isinstance(source, CpuBuffer) or source.dtype != self.dtype:
+            raise ValueError(f"cannot copy {source.dtype} into a {self.dtype} buffer in host memory")
+        part = source.array[index]
+        if part.size > self.array.size:
+            raise ValueError(f"a part of shape {part.shape} does not fit a buffer of shape {self.shape}")
+        self.array.reshape(-1)[: part.size].reshape(part.shape)[...] = part
+
+
+class CpuEvent(Event):
+    """The moment of its making: on the CPU everything is done when a call returns."""
+
+    def __init__(self) -> None:
+        self._time = time.perf_counter()
+
+    def seconds_since(self, earlier: Event) -> float:
+        """See `Event.seconds_since`."""
+        assert isinstance(earlier, CpuEvent)
+        return self._time - earlier._time
 
 
 class CpuDevice(Device):
-    """The host's memory."""
+    """The host's memory. Work is done in the order of the calls, before they return."""
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """See `Device.allocate`; the system commits the memory page by page, as rows are written."""
         try:
             return CpuBuffer(shape, dtype)
         except MemoryError as error:
-            gigabytes = np.prod(shape) * np.dtype(dtype).itemsize / 1e9
+            gigabytes = np.prod(shape) * storage_dtype(dtype).itemsize / 1e9
             raise C2CError(
                 f"no memory for a buffer of {gigabytes:.1f} GB; load with fewer num_slots, or export with a smaller "
                 "--max-length"
             ) from error
 
+    def record(self) -> Event:
+        """See `Device.record`."""
+        return CpuEvent()
 
-class OrtCpuEngine(Engine):
+    def wait(self, event: Event) -> None:
+        """See `Device.wait`; every event is reached already."""
+
+
+class OrtEngine(Engine):
+    """A graph on one of ONNX Runtime's execution providers."""
+
+    def __init__(
+        self, path: Path, device: Device, providers: list[Any], options: ort.SessionOptions, run_options: ort.RunOptions
+    ) -> None:
+        """Load the graph at `path`. Raises `C2CError` naming the graph when ONNX Runtime cannot load it."""
+        options.log_severity_level = 3
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=providers)
+        except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
+            raise C2CError(f"{path}: ONNX Runtime {ort.__version__} cannot load this graph: {error}") from error
+        self._run_options = run_options
+        self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
+        self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
+        self.device = device
+
+    def _run(self, bindings: Mapping[str, View]) -> None:
+        binding = self._session.io_binding()
+        for spec in self.inputs:
+            view = bindings[spec.name]
+            binding.bind_input(spec.name, view.device, 0, _element_type(view.dtype), view.shape, view.pointer)
+        for spec in self.outputs:
+            view = bindings[spec.name]
+            binding.bind_output(spec.name, view.device, 0, _element_type(view.dtype), view.shape, view.pointer)
+        self._session.run_with_iobinding(binding, self._run_options)
+
+
+class OrtCpuEngine(OrtEngine):
     """A graph on ONNX Runtime's CPU provider."""
 
-    def __init__(self, path: Path, num_threads: int | None = None) -> None:
+    def __init__(self, path: Path, num_threads: int | None = None, device: Device | None = None) -> None:
         """Load the graph at `path`; `num_threads` defaults to the machine's physical cores.
 
         Raises `C2CError` naming the graph when ONNX Runtime cannot load it.
         """
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads or 0
-        options.log_severity_level = 3
-        try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
-            raise C2CError(f"{path}: ONNX Runtime {ort.__version__} cannot load this graph: {error}") from error
-        self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
-        self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
-        self.device = CpuDevice()
+        # Products with integer weights become MatMulNBits, which by default would round the activations to int8 too.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        super().__init__(path, device or CpuDevice(), ["CPUExecutionProvider"], options, ort.RunOptions())
 
-    def _run(self, bindings: Mapping[str, View]) -> None:
-        binding = self._session.io_binding()
-        for spec in self.inputs:
-            view = bindings[spec.name]
-            binding.bind_input(spec.name, view.device, 0, np.dtype(view.dtype), view.shape, view.pointer)
-        for spec in self.outputs:
-            view = bindings[spec.name]
-            binding.bind_output(spec.name, view.device, 0, np.dtype(view.dtype), view.shape, view.pointer)
-        self._session.run_with_iobinding(binding)
+
+def _element_type(dtype: str) -> np.dtype[np.generic] | int:
+    return _ONNX_BFLOAT16 if dtype == BFLOAT16 else np.dtype(dtype)
 
 
 def _spec(value: ort.NodeArg) -> TensorSpec:

@@ -1,0 +1,164 @@
+"""Choose the engine of a bundle that this machine is to run, and load its graphs.
+
+In: a bundle, the engine and precision asked for ("auto" leaves them open), and the machine. Out: an `EngineChoice` with
+its reason, devices and `Engine`s. An engine that is asked for by name is never replaced by another. Not covered:
+building engines, and measuring which is faster; the order is fixed and written below.
+"""
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from c2c_export.bundle import Bundle, EngineRecord
+from c2c_export.errors import C2CError, UsageError
+from engines.base import Device, Engine
+from engines.machine import Machine, probe_machine
+from engines.obstacles import record_obstacle, run_obstacle
+from engines.ort.engine import CpuDevice, OrtCpuEngine
+from engines.targets import Target, target_of
+from engines.trt.header import header_problem
+
+AUTO = "auto"
+ORT_CPU, ORT_CUDA, TENSORRT, TENSORRT_RTX = "ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx"
+_PORTABLE = "ort-cpu-fp32"
+"""The engine that is the portable graphs themselves, which ONNX Runtime runs on a GPU as well."""
+
+# Built and timed on the GPU itself; built for GPUs of its kind; the portable graphs; the host.
+_TARGET_ORDER = (TENSORRT, TENSORRT_RTX, ORT_CUDA, ORT_CPU)
+# The lesser rounding error first; quantised weights last, since only their builder knows whether they are good enough.
+_PRECISION_ORDER = ("fp16", "bf16", "fp32", "int8", "int4")
+_QUANTISED = frozenset({"int8", "int4"})
+
+
+@dataclass(frozen=True)
+class EngineChoice:
+    """The engine that was chosen, and why."""
+
+    target: str
+    precision: str
+    record: EngineRecord
+    reason: str
+
+
+def choose_engine(
+    bundle: Bundle,
+    engine: str = ORT_CPU,
+    precision: str | None = None,
+    *,
+    probe: Callable[[Iterable[str]], Machine] = probe_machine,
+) -> EngineChoice:
+    """The engine of `bundle` to run.
+
+    `engine` is a target or "auto", `precision` a precision or "auto"; without one it is "fp32" for a named target and
+    "auto" for "auto". Raises `UsageError` when the bundle has no such engine, `C2CError` when it has but none of them
+    can run on this machine. `probe` looks at the machine, given the modules that matter; it is called only for engines
+    on GPUs.
+    """
+    wanted_precision = precision or (AUTO if engine == AUTO else "fp32")
+    available = list(_available(bundle))
+    wanted = [
+        record
+        for record in available
+        if engine in (AUTO, record.target) and wanted_precision in (AUTO, record.precision)
+    ]
+    if not wanted:
+        listed = ", ".join(dict.fromkeys(f"{record.target}-{record.precision}" for record in available))
+        raise UsageError(f"{bundle.root} has no engine {engine} in {wanted_precision}; it has {listed}")
+    judge = _Judge(bundle, probe)
+    obstacles: dict[str, None] = {}
+    for record in sorted(wanted, key=_rank):
+        obstacle = judge.obstacle(record)
+        if obstacle is None:
+            return EngineChoice(record.target, record.precision, record, _reason(record, len(wanted), list(obstacles)))
+        obstacles[f"{record.target} in {record.precision}: {obstacle}"] = None
+    raise C2CError(f"{bundle.root}: no engine that was asked for can run here: {'; '.join(obstacles)}")
+
+
+def new_device(target: str) -> Device:
+    """The memory that engines of `target` work on, with a queue of its own.
+
+    Raises `C2CError` when the target needs a GPU and there is none.
+    """
+    if target == ORT_CPU:
+        return CpuDevice()
+    try:
+        from engines.cuda import CudaDevice
+    except ImportError as error:
+        raise C2CError(f"{target} needs cuda-python ({error}); install it with: pip install cuda-python") from error
+    return CudaDevice()
+
+
+def load_engine(target: str, path: Path, device: Device, num_threads: int | None) -> Engine:
+    """Load a graph's file at `path` for `target` on `device`; `num_threads` is for the CPU.
+
+    Raises `C2CError` naming the file when it cannot be loaded.
+    """
+    if target == ORT_CPU:
+        return OrtCpuEngine(path, num_threads, device)
+    from engines.cuda import CudaDevice
+
+    assert isinstance(device, CudaDevice)
+    if target == ORT_CUDA:
+        from engines.ort.cuda import OrtCudaEngine
+
+        return OrtCudaEngine(path, device)
+    from engines.trt.engine import TrtEngine
+
+    return TrtEngine(path, importlib.import_module(target_of(target).module), device)
+
+
+class _Judge:
+    """Says of a bundle's engines why they cannot run; looks at the machine once, and only when it matters."""
+
+    def __init__(self, bundle: Bundle, probe: Callable[[Iterable[str]], Machine]) -> None:
+        self._bundle, self._probe = bundle, probe
+        self._machine: Machine | None = None
+
+    def obstacle(self, record: EngineRecord) -> str | None:
+        if record.target == ORT_CPU:
+            return None  # this process has loaded ONNX Runtime already
+        target, machine = target_of(record.target), self._look()
+        return (
+            run_obstacle(target, machine, record.precision)
+            or record_obstacle(record, target, machine)
+            or self._file_obstacle(record, target)
+        )
+
+    def _file_obstacle(self, record: EngineRecord, target: Target) -> str | None:
+        # tensorrt itself can only be asked by loading the engine.
+        if record.target != TENSORRT_RTX:
+            return None
+        return header_problem(self._bundle.file(record.graphs["receiver"]), importlib.import_module(target.module))
+
+    def _look(self) -> Machine:
+        if self._machine is None:
+            built = {record.target for record in _available(self._bundle)} - {ORT_CPU, ORT_CUDA}
+            self._machine = self._probe(sorted(target_of(name).module for name in built))
+        return self._machine
+
+
+def _available(bundle: Bundle) -> Iterator[EngineRecord]:
+    engines = bundle.manifest.engines
+    yield from engines.values()
+    if _PORTABLE in engines and not any(
+        (record.target, record.precision) == (ORT_CUDA, "fp32") for record in engines.values()
+    ):
+        yield engines[_PORTABLE].model_copy(update={"target": ORT_CUDA, "check": None})
+
+
+def _rank(record: EngineRecord) -> tuple[bool, bool, int, int]:
+    """A GPU before the host, unquantised weights before quantised ones, then the orders above."""
+    return (
+        record.target == ORT_CPU,
+        record.precision in _QUANTISED,
+        _TARGET_ORDER.index(record.target),
+        _PRECISION_ORDER.index(record.precision),
+    )
+
+
+def _reason(record: EngineRecord, num_wanted: int, obstacles: list[str]) -> str:
+    name = f"{record.target} in {record.precision}"
+    if obstacles:
+        return f"{name}, as what would be better cannot run here: {'; '.join(obstacles)}"
+    return f"{name}, the best of {num_wanted} that were left open" if num_wanted > 1 else f"{name}, as asked for"
