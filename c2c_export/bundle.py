@@ -112,13 +112,59 @@ class SharerRecord(Record):
     fuser_graph: GraphRecord | None
 
 
+Shape = tuple[int, ...]
+
+
+class ProfileRecord(Record):
+    """A range of shapes that an engine was built for: the smallest, optimal and largest shape of its dynamic inputs."""
+
+    name: Literal["prefill", "decode", "fuse"]
+    shapes: dict[str, tuple[Shape, Shape, Shape]]
+
+
+class BuiltGraphRecord(Record):
+    """One graph's engine as it was built."""
+
+    num_bytes: int
+    seconds: float
+    """What building took, lowering included."""
+    quantized_weights: int
+    """Matrices that became integers; 0 but for int8 and int4."""
+    casts: int
+    """Casts that lowering the precision inserted."""
+    layers: dict[str, int]
+    """Native layers found in the parsed network: attention, cache_updates, rotary, total. Empty for ONNX Runtime."""
+    single_attention_kernels: bool
+    """Whether the builder has one kernel for each attention; else it takes several, which store the scores."""
+    cache_aliases: dict[str, str]
+    """For each output that is written in place, the input whose memory it shares."""
+    profiles: tuple[ProfileRecord, ...]
+
+
+class BuildRecord(Record):
+    """How an engine was built: equal inputs, options and versions give an equal engine, so a build can be skipped."""
+
+    compute_capabilities: tuple[str, ...]
+    """GPUs it was built for, such as "8.9"; empty for the target's default."""
+    max_batch: int
+    prefill_optimum: int
+    fuse_optimum: int
+    flags: tuple[str, ...]
+    versions: dict[str, str]
+    sources: dict[str, str]
+    """sha256 of the portable graphs and weights, by path in the bundle."""
+    graphs: dict[str, BuiltGraphRecord]
+
+
 class EngineRecord(Record):
-    """A built engine: the files it runs for each graph (`receiver`, `sharer0`, `fuser0`, …) and how its check went."""
+    """An engine: the files it runs for each graph (`receiver`, `sharer0`, `fuser0`, …) and how its check went."""
 
     target: str
     precision: str
     graphs: dict[str, BundlePath]
     check: dict[str, float] | None = None
+    build: BuildRecord | None = None
+    """None where the portable graphs themselves are run."""
 
 
 class Manifest(Record):
@@ -166,7 +212,7 @@ class Bundle:
         Raises `BundleError`, naming the file, when one is missing or changed, or when the schema version is another.
         """
         root = Path(path)
-        manifest = _read_manifest(root)
+        manifest = read_manifest(root)
         for name, problem in _damaged_files(root, manifest.files):
             raise BundleError(f"{root / name}: {problem}; export the bundle again")
         return cls(root, manifest)
@@ -193,9 +239,40 @@ class Bundle:
         return self.file(f"alignment/sharer{sharer}.npy")
 
 
+def read_manifest(root: Path) -> Manifest:
+    """The manifest of the bundle folder `root`; no file is compared with it. Raises `BundleError`."""
+    path = root / MANIFEST_NAME
+    try:
+        exists = path.is_file()
+    except OSError as error:
+        raise BundleError(f"{root}: {error.strerror}; expected a bundle folder") from error
+    if not exists:
+        raise BundleError(f"{root} is not a bundle: it has no {MANIFEST_NAME}; write one with `c2c-export pair`")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise BundleError(f"{path}: not valid JSON ({error}); export the bundle again") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}; export the bundle again"
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise BundleError(f"{path}: field {field}: {first['msg']}; export the bundle again") from error
+
+
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write `manifest` into the bundle folder `root`."""
-    (root / MANIFEST_NAME).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    """Write `manifest` into the bundle folder `root`, in place of the one that is there, at once or not at all."""
+    partial = root / f".{MANIFEST_NAME}.partial"
+    try:
+        partial.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        partial.rename(root / MANIFEST_NAME)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def hash_folder(root: Path) -> dict[str, str]:
@@ -214,27 +291,6 @@ def _hash_files(root: Path, names: Iterable[str]) -> list[str]:
     # hashlib releases the interpreter lock, so large weight files are hashed side by side.
     with ThreadPoolExecutor() as pool:
         return list(pool.map(lambda name: sha256_of(root / name), names))
-
-
-def _read_manifest(root: Path) -> Manifest:
-    path = root / MANIFEST_NAME
-    if not path.is_file():
-        raise BundleError(f"{root} is not a bundle: it has no {MANIFEST_NAME}; write one with `c2c-export pair`")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise BundleError(f"{path}: not valid JSON ({error}); export the bundle again") from error
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if version != SCHEMA_VERSION:
-        raise BundleError(
-            f"{path}: schema_version is {version!r}, this version reads {SCHEMA_VERSION}; export the bundle again"
-        )
-    try:
-        return Manifest.model_validate(content)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise BundleError(f"{path}: field {field}: {first['msg']}; export the bundle again") from error
 
 
 def _damaged_files(root: Path, files: dict[str, str]) -> Iterable[tuple[str, str]]:

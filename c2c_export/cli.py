@@ -5,13 +5,16 @@ the commands that export one import torch and transformers, each only when it ru
 """
 
 import contextlib
+import io
+import os
+import signal
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, NoReturn, Optional
 
 import typer
 from rich.console import Console
@@ -29,16 +32,40 @@ app = typer.Typer(
     rich_markup_mode=None,  # else "[@revision]" in a help text would be taken for markup
 )
 _console = Console(stderr=True)
+_UNBOUNDED_WIDTH = 10_000
+"""Columns; tables take what they need of it."""
 
 
 def main() -> None:
-    """The console script: run a command; a `C2CError` is printed in one or two lines, without a traceback."""
+    """The console script: run a command; an error is printed in one or two lines, without a traceback."""
     warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without Unicode must not end an answer
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
     try:
         app()
     except C2CError as error:
-        _console.print(Text.assemble(("error:", "bold red"), f" {error}"), soft_wrap=True)
-        sys.exit(error.exit_code)
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        # What no command could foresee: output into a full disk, a name longer than the system allows.
+        _fail(f"{error.filename or 'output'}: {error.strerror or error}", 1)
+
+
+def _end(number: int, _: object) -> NoReturn:
+    # As an exception, so that what is half-written is removed on the way out.
+    sys.exit(128 + number)
+
+
+def _fail(message: str, exit_code: int) -> NoReturn:
+    _console.print(Text.assemble(("error:", "bold red"), f" {message}"), soft_wrap=True)
+    try:
+        sys.stdout.flush()
+    except OSError:
+        # Else the interpreter tries again at its end, and prints a traceback.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(exit_code)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -102,6 +129,71 @@ def pair(
 
 
 @app.command()
+def build(
+    bundle: Annotated[Path, typer.Argument(help="A bundle folder; the engines are added to it.")],
+    engine: Annotated[str, typer.Option(help="What to build for: tensorrt-rtx, tensorrt or ort-cuda.")],
+    precision: Annotated[
+        str,
+        typer.Option(help="Number format: fp16 or bf16; int8 or int4 for weights in integers and the rest in fp16."),
+    ] = "fp16",
+    max_batch: Annotated[int, typer.Option(help="Requests that one decode step serves at most.")] = 8,
+    compute_capability: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help="A GPU generation to build for, such as 8.9; repeat for several in one engine. tensorrt-rtx only.  "
+            "[default: every one from 8.0 on]"
+        ),
+    ] = None,
+    prefill_optimum: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Prompt tokens that kernels are chosen for.  [default: 512, or the capacity if smaller]"),
+    ] = None,
+    fuse_optimum: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Fused tokens that kernels are chosen for.  [default: 512, or the capacity if smaller]"),
+    ] = None,
+    keep_onnx: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Keep the lowered ONNX graphs in this folder."),
+    ] = None,
+    timing_cache: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="A file with TensorRT's measurements of kernels, read and updated. tensorrt only.  "
+            "[default: one per version and GPU in the cache folder]"
+        ),
+    ] = None,
+    rebuild: Annotated[bool, typer.Option("--rebuild", help="Build even if nothing changed.")] = False,
+) -> None:
+    """Build engines of every graph of a bundle, for one target and precision.
+
+    tensorrt-rtx builds on any machine, for any RTX GPU. tensorrt builds on the GPU machine, for its GPU. What a target
+    refuses is checked first; `c2c-export doctor` lists it. Ctrl-C stops a build and leaves the bundle as it was.
+    """
+    _require("onnx", "onnx_ir", extra="export")
+    from c2c_export.build import BuildOptions
+    from c2c_export.build import build as build_engines
+    from c2c_export.progress import BuildDisplay
+
+    options = BuildOptions(
+        bundle=bundle,
+        target=engine,
+        precision=precision,
+        max_batch=max_batch,
+        compute_capabilities=compute_capability or (),
+        prefill_optimum=prefill_optimum,
+        fuse_optimum=fuse_optimum,
+        keep_onnx=keep_onnx,
+        timing_cache=timing_cache,
+        rebuild=rebuild,
+    )
+    with BuildDisplay(_console) as display:
+        result = build_engines(options, display.step, display)
+    what = f"Built {result.name}" if result.built else f"{result.name} is there already and nothing changed"
+    _console.print(Text(f"{what}. Next: c2c-export inspect {bundle}"), soft_wrap=True)
+
+
+@app.command()
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead.")] = False,
@@ -113,7 +205,21 @@ def inspect(
     if as_json:
         print(opened.manifest.model_dump_json(indent=1))
     else:
-        print_bundle(opened, Console())
+        print_bundle(opened, _output())
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON instead.")] = False,
+) -> None:
+    """Show what this machine can build and run, and why not."""
+    from c2c_export.doctor import examine, print_report, to_json
+
+    report = examine()
+    if as_json:
+        print(to_json(report))
+    else:
+        print_report(report, _output())
 
 
 @app.command()
@@ -138,8 +244,13 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Penalise repeated tokens; 1.0 is off.")] = 1.0,
     seed: Annotated[Optional[int], typer.Option(help="Seed for sampling.")] = None,  # noqa: UP045
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after stop tokens.")] = False,
-    engine: Annotated[str, typer.Option(help="The engine to run.")] = "ort-cpu",
-    precision: Annotated[str, typer.Option(help="The engine's precision.")] = "fp32",
+    engine: Annotated[
+        str, typer.Option(help="The engine to run, or auto: the best of the bundle's that this machine can run.")
+    ] = "ort-cpu",
+    precision: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The engine's precision, or auto.  [default: fp32; with --engine auto: auto]"),
+    ] = None,
     threads: Annotated[Optional[int], typer.Option(help="Threads per engine.  [default: physical cores]")] = None,  # noqa: UP045
     timings: Annotated[bool, typer.Option("--timings", help="Print timings to stderr.")] = False,
 ) -> None:
@@ -150,6 +261,8 @@ def generate(
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     pipeline = C2CPipeline.from_bundle(bundle, engine, precision, num_slots=1, num_threads=threads)
+    if "auto" in (engine, precision):
+        _console.print(Text(f"engine: {pipeline.engine_choice.reason}"), soft_wrap=True)
     chunks = pipeline.stream(
         messages,
         fuse=fuse,
@@ -178,6 +291,11 @@ def generate(
             highlight=False,
             soft_wrap=True,
         )
+
+
+def _output() -> Console:
+    """The console for tables on stdout: as wide as the terminal, or as the tables where there is none to be wide."""
+    return Console() if sys.stdout.isatty() else Console(width=_UNBOUNDED_WIDTH)
 
 
 @contextlib.contextmanager

@@ -2,12 +2,11 @@
 
 The conversion is transformers' own (`from_pretrained(gguf_file=…)`), weights dequantised to float32. It takes minutes,
 most of them for reading the token lists element by element, so the file is parsed only once and the result is kept.
-The cache is `$C2C_EXPORT_CACHE`, or `c2c-export` in `$XDG_CACHE_HOME` or `~/.cache`; it may be deleted at any time.
+The cache is that of `c2c_export.cache`.
 """
 
 import contextlib
 import functools
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,15 +18,8 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from c2c_export.bundle import sha256_of
-from c2c_export.errors import C2CError
-
-
-def cache_folder() -> Path:
-    """The folder for conversions that are worth keeping."""
-    named = os.environ.get("C2C_EXPORT_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "c2c-export"
+from c2c_export.cache import cache_folder
+from c2c_export.errors import C2CError, reason_of
 
 
 def convert_gguf(path: Path) -> Path:
@@ -64,8 +56,7 @@ def _convert(path: Path, folder: Path) -> None:
             model = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(**where)
         except Exception as error:  # a damaged file surfaces as whatever its bytes happened to mean
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise C2CError(f"{path}: transformers cannot read this .gguf file: {reason}") from error
+            raise C2CError(f"{path}: transformers cannot read this .gguf file: {reason_of(error)}") from error
     # The weights are plain float32 now; transformers refuses to save a model that it still calls quantised.
     model.hf_quantizer = None
     del model.config.quantization_config

@@ -1,10 +1,20 @@
 """Print what a bundle holds: models, layer map with gates, graphs and what the passes did, engines."""
 
+from collections.abc import Iterator
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from c2c_export.bundle import Bundle, GraphRecord, ModelRecord, SharerRecord
+from c2c_export.bundle import (
+    BuildRecord,
+    BuiltGraphRecord,
+    Bundle,
+    GraphRecord,
+    Manifest,
+    ProfileRecord,
+    SharerRecord,
+)
 
 
 def print_bundle(bundle: Bundle, console: Console) -> None:
@@ -16,7 +26,7 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         f"{'aligned (two vocabularies)' if manifest.aligned else 'unaligned (one vocabulary)'}, "
         f"{len(manifest.sharers)} sharer(s){several if len(manifest.sharers) > 1 else ''}"
     )
-    console.print(_models(manifest.receiver, manifest.sharers))
+    console.print(_models(manifest))
     for number, sharer in enumerate(manifest.sharers):
         strategy = f", alignment strategy {sharer.alignment_strategy}" if sharer.alignment_strategy else ""
         gates = [is_open for link in sharer.links for is_open in (link.key_gate_open, link.value_gate_open)]
@@ -28,14 +38,20 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
         console.print(_layer_map(sharer))
     console.print(_graphs(bundle))
     console.print(_engines(bundle))
+    for name, engine in manifest.engines.items():
+        if engine.build is not None:
+            console.print(_built_graphs(name, engine.build))
     console.print("Written by " + ", ".join(f"{name} {version}" for name, version in manifest.tool_versions.items()))
 
 
-def _models(receiver: ModelRecord, sharers: tuple[SharerRecord, ...]) -> Table:
+def _models(manifest: Manifest) -> Table:
     table = Table(
         "model", "architecture", "layers", "KV heads × size", "vocabulary", "window", "chat template", "source"
     )
-    for name, model in [("receiver", receiver), *((f"sharer {i}", s.model) for i, s in enumerate(sharers))]:
+    models = [("receiver", manifest.receiver)]
+    models += [(f"sharer {number}", sharer.model) for number, sharer in enumerate(manifest.sharers)]
+    for name, model in models:
+        has_own_prompt = name == "receiver" or manifest.aligned
         table.add_row(
             name,
             model.architecture,
@@ -43,7 +59,7 @@ def _models(receiver: ModelRecord, sharers: tuple[SharerRecord, ...]) -> Table:
             f"{model.num_key_value_heads} × {model.head_dim}",
             str(model.vocab_size),
             str(model.sliding_window or "none"),
-            escape(model.chat_template),
+            escape(model.chat_template) if has_own_prompt else "the receiver's",
             escape(model.source),
         )
     return table
@@ -87,17 +103,57 @@ def _graphs(bundle: Bundle) -> Table:
 
 
 def _engines(bundle: Bundle) -> Table:
-    table = Table("engine", "precision", "size", "check")
+    table = Table("engine", "precision", "size", "check", "GPUs", "most requests", "built with")
     for engine in bundle.manifest.engines.values():
         num_bytes = sum(
             path.stat().st_size
             for graph in engine.graphs.values()
             for path in bundle.file(graph).parent.glob(f"{bundle.file(graph).name}*")
         )
+        build = engine.build
         table.add_row(
             engine.target,
             engine.precision,
             f"{num_bytes / 1e6:.1f} MB",
             "not checked" if engine.check is None else "checked",
+            "" if build is None else ", ".join(build.compute_capabilities) or "the target's default",
+            "" if build is None else str(build.max_batch),
+            "" if build is None else ", ".join(f"{name} {version}" for name, version in build.versions.items()),
         )
     return table
+
+
+def _built_graphs(name: str, build: BuildRecord) -> Table:
+    table = Table(
+        "graph",
+        "size",
+        "layers",
+        "profiles: tokens from … to …, best at …",
+        title=f"{name}{', flags ' if build.flags else ''}{', '.join(build.flags)}",
+        title_justify="left",
+    )
+    for graph, built in build.graphs.items():
+        table.add_row(
+            graph,
+            f"{built.num_bytes / 1e6:.1f} MB",
+            "\n".join(_layers(built)),
+            "\n".join(_profile(profile) for profile in built.profiles),
+        )
+    return table
+
+
+def _layers(built: BuiltGraphRecord) -> Iterator[str]:
+    if built.quantized_weights:
+        yield f"{built.quantized_weights} integer weights"
+    if built.layers.get("attention"):
+        yield f"{built.layers['attention']} attention{'' if built.single_attention_kernels else ', of several kernels'}"
+    for kind in ("cache_updates", "rotary", "total"):
+        if built.layers.get(kind):
+            yield f"{built.layers[kind]} {kind.replace('_', ' ')}"
+
+
+def _profile(profile: ProfileRecord) -> str:
+    """Such as `prefill [1,1] … [1,256], [1,128]`: the shape of the ids or rows that an engine is given."""
+    tokens = next(name for name in ("input_ids", "sharer_rows") if name in profile.shapes)
+    smallest, best, largest = (str(list(shape)).replace(" ", "") for shape in profile.shapes[tokens])
+    return escape(f"{profile.name} {smallest} … {largest}, {best}")

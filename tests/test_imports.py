@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "huggingface_hub", "gguf", "safetensors")
 RUNTIME_MAY_IMPORT = {"bundle", "errors", "tokenizer", "chat_template", "alignment"}
-ENGINES_MAY_IMPORT = {"bundle", "errors"}
+ENGINES_MAY_IMPORT = {"bundle", "cache", "errors"}
 
 GENERATE = """
 import sys

@@ -1,12 +1,16 @@
 """The command line: complete help, exit codes, errors without a traceback, text streamed to stdout as in the API."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,6 +71,12 @@ def plain(text: str) -> str:
             "--sharer-chat-template --overwrite",
         ),
         ("inspect", "--json"),
+        ("doctor", "--json"),
+        (
+            "build",
+            "--engine --precision --max-batch --compute-capability --prefill-optimum --fuse-optimum --keep-onnx "
+            "--timing-cache --rebuild",
+        ),
         (
             "generate",
             "--prompt -p --system --fuse --no-fuse --sharer --max-new-tokens --stop --temperature --top-k --top-p "
@@ -104,7 +114,7 @@ def test_the_program_alone_shows_its_commands(run_cli: RunCli) -> None:
     for arguments in ((), ("--help",)):
         code, out, err = run_cli(*arguments)
         assert code in (0, 2)
-        assert all(command in plain(out + err) for command in ("pair", "inspect", "generate"))
+        assert all(command in plain(out + err) for command in ("pair", "build", "inspect", "doctor", "generate"))
 
 
 def test_the_version_is_printed(run_cli: RunCli) -> None:
@@ -205,6 +215,78 @@ def test_a_request_that_cannot_be_served_exits_with_2(
     assert err.startswith("error: ")
     assert expected in err
     assert len(err.strip().splitlines()) <= 2
+
+
+def run_program(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run the console script in a process of its own."""
+    command = [sys.executable, "-c", "from c2c_export.cli import main; main()", *(str(value) for value in arguments)]
+    settings = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.run(command, cwd=ROOT, text=True, timeout=120, check=False, **settings)
+
+
+def test_what_the_system_refuses_is_an_error_of_one_line(run_cli: RunCli, tmp_path: Path) -> None:
+    too_long, fuser = tmp_path / ("x" * 300), ROOT / "tests" / "golden" / "qwen3_from_qwen2" / "fuser"
+    for arguments in (
+        ("inspect", too_long),
+        ("generate", too_long, "-p", PROMPT),
+        ("build", too_long, "--engine", "tensorrt-rtx"),
+        ("pair", "--receiver", too_long, "--sharer", "b", "--fuser", fuser, "-o", tmp_path / "d"),
+        ("pair", "--receiver", "a", "--sharer", "b", "--fuser", too_long, "-o", tmp_path / "d"),
+        ("pair", "--receiver", "a", "--sharer", "b", "--fuser", "c", "-o", too_long),
+    ):
+        code, out, err = run_cli(*arguments)
+        assert code in (1, 2)
+        assert out == ""
+        errors = [line for line in err.splitlines() if not line.endswith("…")]
+        assert len(errors) == 1
+        assert errors[0].startswith("error: ")
+        assert "File name too long" in errors[0]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has the device that is always full")
+def test_output_into_a_full_disk_ends_with_one_line(bundle: Path) -> None:
+    for arguments in (("inspect", bundle), ("generate", bundle, "-p", PROMPT, "--max-new-tokens", 4)):
+        with Path("/dev/full").open("w") as full:
+            done = run_program(*arguments, stdout=full)
+        assert done.returncode == 1
+        assert done.stderr == "error: output: No space left on device\n"
+
+
+def test_a_terminal_without_unicode_gets_every_command_all_the_same(bundle: Path) -> None:
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    for arguments in (("inspect", bundle), ("doctor",), ("generate", bundle, "-p", "é", "--max-new-tokens", 4)):
+        done = run_program(*arguments, env=ascii_only)
+        assert done.returncode == 0, done.stderr
+
+
+def test_tables_in_a_pipe_are_not_cut(bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    shown = run_program("inspect", bundle, env={**os.environ, "COLUMNS": "40"}).stdout
+    assert manifest["receiver"]["source"] in shown
+    assert "…" not in shown
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_stopped_export_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    case = ROOT / "tests" / "golden" / "qwen3_from_qwen2"
+    options = [("--receiver", case / "receiver"), ("--sharer", case / "sharer"), ("--fuser", case / "fuser")]
+    command = [sys.executable, "-c", "from c2c_export.cli import main; main()", "pair", "-o", tmp_path / "bundle"]
+    with subprocess.Popen(
+        [str(word) for word in (*command, *(word for option in options for word in option))],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(".bundle.partial-*")):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
 
 
 # Generating

@@ -42,7 +42,7 @@ def test_models_are_shown_with_what_their_caches_take(bundle: Bundle) -> None:
     lines = shown(bundle)
     receiver, sharer = row(lines, "receiver", "Qwen3ForCausalLM"), row(lines, "sharer 0", "Qwen2ForCausalLM")
     assert receiver[2:7] == ["4", "2 × 16", "512", "none", "model"]
-    assert sharer[2:7] == ["3", "1 × 12", "512", "none", "model"]
+    assert sharer[2:7] == ["3", "1 × 12", "512", "none", "the receiver's"]
     assert receiver[7].endswith("qwen3_from_qwen2/receiver")
 
 
