@@ -20,6 +20,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 
+from c2c_export.atomic_file import write_atomically
 from c2c_export.errors import BundleError
 from c2c_export.tokenizer import CHAT_TEMPLATE_NAME, SPECIAL_TOKENS_NAME, TOKENIZER_NAME
 
@@ -122,6 +123,36 @@ class ProfileRecord(Record):
     shapes: dict[str, tuple[Shape, Shape, Shape]]
 
 
+class LayerCounts(Record):
+    """How many native layers of each kind TensorRT's network of a graph has, and how many layers in all."""
+
+    attention: int
+    cache_updates: int
+    rotary: int
+    total: int
+
+
+class ProfileSizes(Record):
+    """The sizes that TensorRT's profiles were made of."""
+
+    max_batch: int
+    """Requests that one decode step serves at most."""
+    decode_optimum: int
+    """Requests of a decode step that kernels are chosen for."""
+    prefill_optimum: int
+    """Prompt tokens, likewise."""
+    fuse_optimum: int
+    """Fused tokens, likewise."""
+
+
+class GpuRecord(Record):
+    """The GPU that an engine was built on, where the builder needs one: it runs on no other model."""
+
+    name: str
+    compute_capability: str
+    """Such as "8.9"."""
+
+
 class BuiltGraphRecord(Record):
     """One graph's engine as it was built."""
 
@@ -132,8 +163,8 @@ class BuiltGraphRecord(Record):
     """Matrices that became integers; 0 but for int8 and int4."""
     casts: int
     """Casts that lowering the precision inserted."""
-    layers: dict[str, int]
-    """Native layers found in the parsed network: attention, cache_updates, rotary, total. Empty for ONNX Runtime."""
+    layers: LayerCounts | None
+    """Found in the parsed network. None for ONNX Runtime."""
     single_attention_kernels: bool
     """Whether the builder has one kernel for each attention; else it takes several, which store the scores."""
     cache_aliases: dict[str, str]
@@ -146,9 +177,10 @@ class BuildRecord(Record):
 
     compute_capabilities: tuple[str, ...]
     """GPUs it was built for, such as "8.9"; empty for the target's default."""
-    max_batch: int
-    prefill_optimum: int
-    fuse_optimum: int
+    gpu: GpuRecord | None
+    """The GPU it was built on and for; None where it was built without one."""
+    profile_sizes: ProfileSizes | None
+    """None for ONNX Runtime, whose engines take any shape."""
     flags: tuple[str, ...]
     versions: dict[str, str]
     sources: dict[str, str]
@@ -185,12 +217,18 @@ class Manifest(Record):
     engines: dict[str, EngineRecord]
     files: dict[BundlePath, str]
 
+    @property
+    def graphs(self) -> dict[str, GraphRecord]:
+        """The portable graphs that an engine is made of, by the names that engines call them."""
+        graphs = {"receiver": self.receiver_graph}
+        for number, sharer in enumerate(self.sharers):
+            if sharer.sharer_graph is not None and sharer.fuser_graph is not None:
+                graphs |= {f"sharer{number}": sharer.sharer_graph, f"fuser{number}": sharer.fuser_graph}
+        return graphs
+
     @model_validator(mode="after")
     def _engines_are_complete(self) -> Self:
-        needed = {"receiver"}
-        for number, sharer in enumerate(self.sharers):
-            if sharer.fuser_graph is not None:
-                needed |= {f"sharer{number}", f"fuser{number}"}
+        needed = self.graphs.keys()
         for name, engine in self.engines.items():
             if engine.graphs.keys() != needed:
                 wrong = ", ".join(sorted(engine.graphs.keys() ^ needed))
@@ -267,12 +305,7 @@ def read_manifest(root: Path) -> Manifest:
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write `manifest` into the bundle folder `root`, in place of the one that is there, at once or not at all."""
-    partial = root / f".{MANIFEST_NAME}.partial"
-    try:
-        partial.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        partial.rename(root / MANIFEST_NAME)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_atomically(root / MANIFEST_NAME, (manifest.model_dump_json(indent=1) + "\n").encode())
 
 
 def hash_folder(root: Path) -> dict[str, str]:
