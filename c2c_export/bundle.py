@@ -13,7 +13,7 @@ size, V vocabulary, N fused tokens. Nothing here imports torch or transformers.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
@@ -199,6 +199,15 @@ class EngineRecord(Record):
     """None where the portable graphs themselves are run."""
 
 
+def graphs_of(receiver: GraphRecord, sharers: Sequence[SharerRecord]) -> dict[str, GraphRecord]:
+    """The portable graphs that an engine is made of, by the names that engines call them."""
+    graphs = {"receiver": receiver}
+    for number, sharer in enumerate(sharers):
+        if sharer.sharer_graph is not None and sharer.fuser_graph is not None:
+            graphs |= {f"sharer{number}": sharer.sharer_graph, f"fuser{number}": sharer.fuser_graph}
+    return graphs
+
+
 class Manifest(Record):
     """`manifest.json`. `files` holds the sha256 of every other file of the bundle, by relative path."""
 
@@ -220,11 +229,7 @@ class Manifest(Record):
     @property
     def graphs(self) -> dict[str, GraphRecord]:
         """The portable graphs that an engine is made of, by the names that engines call them."""
-        graphs = {"receiver": self.receiver_graph}
-        for number, sharer in enumerate(self.sharers):
-            if sharer.sharer_graph is not None and sharer.fuser_graph is not None:
-                graphs |= {f"sharer{number}": sharer.sharer_graph, f"fuser{number}": sharer.fuser_graph}
-        return graphs
+        return graphs_of(self.receiver_graph, self.sharers)
 
     @model_validator(mode="after")
     def _engines_are_complete(self) -> Self:

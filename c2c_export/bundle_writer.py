@@ -25,6 +25,7 @@ from c2c_export.bundle import (
     Manifest,
     SharerRecord,
     TensorSpec,
+    graphs_of,
     hash_folder,
     write_manifest,
 )
@@ -79,10 +80,7 @@ def write_bundle(root: Path, plan: ExportPlan, step: Step) -> None:
     _write_tokenizers(root, plan, step)
     receiver_graph = _export_decoder(root, "receiver", plan.receiver, RECEIVER_PASSES, plan.max_length, step)
     records = [_export_sharer(root, number, plan, step) for number in range(len(plan.sharers))]
-    graphs = {"receiver": receiver_graph.path}
-    for number, record in enumerate(records):
-        if record.sharer_graph is not None and record.fuser_graph is not None:
-            graphs |= {f"sharer{number}": record.sharer_graph.path, f"fuser{number}": record.fuser_graph.path}
+    graphs = {name: graph.path for name, graph in graphs_of(receiver_graph, records).items()}
     with step("Hashing the bundle"):
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,

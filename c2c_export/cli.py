@@ -136,7 +136,14 @@ def build(
         str,
         typer.Option(help="Number format: fp16 or bf16; int8 or int4 for weights in integers and the rest in fp16."),
     ] = "fp16",
-    max_batch: Annotated[int, typer.Option(help="Requests that one decode step serves at most.")] = 8,
+    max_batch: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Requests that one decode step serves at most.  [default: 8]"),
+    ] = None,
+    decode_optimum: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Requests of a decode step that kernels are chosen for.  [default: 1]"),
+    ] = None,
     compute_capability: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
@@ -170,9 +177,9 @@ def build(
     tensorrt-rtx builds on any machine, for any RTX GPU. tensorrt builds on the GPU machine, for its GPU. What a target
     refuses is checked first; `c2c-export doctor` lists it. Ctrl-C stops a build and leaves the bundle as it was.
     """
-    _require("onnx", "onnx_ir", extra="export")
-    from c2c_export.build import BuildOptions
+    _require("onnx", "onnx_ir", extra="build")
     from c2c_export.build import build as build_engines
+    from c2c_export.build_plan import BuildOptions
     from c2c_export.progress import BuildDisplay
 
     options = BuildOptions(
@@ -180,6 +187,7 @@ def build(
         target=engine,
         precision=precision,
         max_batch=max_batch,
+        decode_optimum=decode_optimum,
         compute_capabilities=compute_capability or (),
         prefill_optimum=prefill_optimum,
         fuse_optimum=fuse_optimum,

@@ -34,6 +34,8 @@ class TargetReport:
     """False for the target that runs the portable graphs: there is nothing to build."""
     build_obstacle: str | None
     run_obstacle: str | None
+    takes: str
+    """Its limits in one line."""
     precisions: dict[str, str | None]
     """Each of the target's precisions with what is in the way of running it."""
     known_limits: tuple[str, ...]
@@ -87,6 +89,7 @@ def _examine_target(target: Target, machine: Machine) -> TargetReport:
         builds=target.builds,
         build_obstacle=build_obstacle(target, machine),
         run_obstacle=run_obstacle(target, machine),
+        takes=target.summary,
         precisions={precision: run_obstacle(target, machine, precision) for precision in target.precisions},
         known_limits=target.known_limits,
     )
@@ -120,6 +123,8 @@ def _target_lines(report: Report) -> Iterator[str]:
             refused = {precision: obstacle for precision, obstacle in target.precisions.items() if obstacle is not None}
             yield f"{name} runs {', '.join(precision for precision in target.precisions if precision not in refused)}"
             yield from (f"{name} in {precision}, run: {obstacle}" for precision, obstacle in refused.items())
+        yield f"{name} takes {target.takes}"
+        yield from (f"{name}, limit: {limit}" for limit in target.known_limits)
         if None not in (target.installed, target.tried) and target.installed != target.tried:
             yield f"{name}: {target.module} {target.installed} is installed, {target.tried} was tried"
 

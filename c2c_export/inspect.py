@@ -116,11 +116,17 @@ def _engines(bundle: Bundle) -> Table:
             engine.precision,
             f"{num_bytes / 1e6:.1f} MB",
             "not checked" if engine.check is None else "checked",
-            "" if build is None else ", ".join(build.compute_capabilities) or "the target's default",
-            "" if build is None else str(build.max_batch),
+            "" if build is None else _gpus(build),
+            "" if build is None or build.profile_sizes is None else str(build.profile_sizes.max_batch),
             "" if build is None else ", ".join(f"{name} {version}" for name, version in build.versions.items()),
         )
     return table
+
+
+def _gpus(build: BuildRecord) -> str:
+    if build.gpu is not None:
+        return build.gpu.name
+    return ", ".join(build.compute_capabilities) or "the target's default"
 
 
 def _built_graphs(name: str, build: BuildRecord) -> Table:
@@ -145,11 +151,14 @@ def _built_graphs(name: str, build: BuildRecord) -> Table:
 def _layers(built: BuiltGraphRecord) -> Iterator[str]:
     if built.quantized_weights:
         yield f"{built.quantized_weights} integer weights"
-    if built.layers.get("attention"):
-        yield f"{built.layers['attention']} attention{'' if built.single_attention_kernels else ', of several kernels'}"
-    for kind in ("cache_updates", "rotary", "total"):
-        if built.layers.get(kind):
-            yield f"{built.layers[kind]} {kind.replace('_', ' ')}"
+    if built.layers is None:
+        return
+    if built.layers.attention:
+        yield f"{built.layers.attention} attention{'' if built.single_attention_kernels else ', of several kernels'}"
+    for kind, count in (("cache updates", built.layers.cache_updates), ("rotary", built.layers.rotary)):
+        if count:
+            yield f"{count} {kind}"
+    yield f"{built.layers.total} total"
 
 
 def _profile(profile: ProfileRecord) -> str:

@@ -31,12 +31,15 @@ def staged_bundle(output: Path, *, overwrite: bool) -> Iterator[Path]:
         partial.chmod(0o755)
         _move_into_place(partial, output, overwrite)
     except OSError as error:
-        # numpy reports a full disk without an errno, so the free space is looked at too
-        full = shutil.disk_usage(output.parent).free < 2**20
-        reason = "the disk is full" if full else str(error)
+        reason = "the disk is full" if is_disk_full(output.parent) else str(error)
         raise C2CError(f"{output}: writing the bundle failed: {reason}; nothing was left behind") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def is_disk_full(folder: Path) -> bool:
+    """Whether the disk of `folder` has no room; numpy reports that without an errno, so the free space is looked at."""
+    return shutil.disk_usage(folder).free < 2**20
 
 
 def check_output(output: Path, *, overwrite: bool) -> None:

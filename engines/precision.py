@@ -4,13 +4,15 @@ In: a portable graph in float32, its weights possibly quantised already (integer
 the same graph, changed in place, with float16 or bfloat16 weights, activations and caches, and explicit casts wherever
 the precision changes, so that an engine has nothing left to decide. Float32 remain
 
-- the residual stream: every sum of what a layer adds, and the RMS norms that read it. Gemma 3's reaches 104,000 where
-  float16 ends at 65,504, and bfloat16's 8 bits lose what a single layer adds to it. What a norm gives is rounded;
+- a decoder's residual stream: every sum of what a layer adds, a scaled embedding that it begins with, and the RMS norms
+  that read it. Gemma 3's reaches 104,000 where float16 ends at 65,504, bfloat16's 8 bits lose what a single layer adds
+  to it, and Gemma's scale of the embedding would be off by 0.2 % in them. What a norm gives is rounded;
 - the statistics of every RMS norm: `stash_type` 1 of `RMSNormalization`, a sum of squares over hundreds of channels
   that overflows float16 and loses most of its bits in bfloat16. Nothing is inserted for it; the operator says so;
 - the rotary angles, their cosines and sines: a bfloat16 angle has 8 bits, so neighbouring positions would fall
   together. Only the finished cosines and sines, numbers in [-1, 1], are rounded;
-- the fuser's weight per head, its sigmoid, since it scales a whole correction;
+- a fuser's sums, norms, weights per head (its sigmoid) and products with them, down to the row that is written into the
+  cache: the weight scales a whole correction, and the sums are few. Its matrix products and GELUs are not;
 - the logits output, which the sampler reads. The product with the vocabulary itself is in the low precision.
 
 The softmax of `Attention` has no cast either: TensorRT's parser refuses the attribute `softmax_precision`, and the
@@ -29,13 +31,15 @@ DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 # What lies beyond is rounded to infinity.
 _OVERFLOWS_FLOAT16 = 65_520.0
 _ANGLE_OPERATORS = frozenset({"Cos", "Sin"})
+_FUSER_FLOAT32 = frozenset({"Add", "Mul", "Sigmoid", "RMSNormalization"})
+# They move values and compute nothing.
+_LAYOUT_OPERATORS = frozenset({"Reshape", "Transpose", "Unsqueeze", "Squeeze"})
 
 
-def lower_precision(model: ir.Model, precision: str, *, keep_sigmoid: bool) -> int:
+def lower_precision(model: ir.Model, precision: str, *, is_fuser: bool) -> int:
     """Retype `model` to `precision`, "fp16" or "bf16"; return how many casts were inserted.
 
-    `keep_sigmoid` keeps sigmoids in float32: wanted for a fuser's weights, not for a decoder's activations. Weights are
-    converted when they are read, so a model larger than the memory can be retyped and saved.
+    Weights are converted when they are read, so a model larger than the memory can be retyped and saved.
 
     Raises `C2CError` naming a weight of which a value does not fit into float16.
     """
@@ -45,14 +49,14 @@ def lower_precision(model: ir.Model, precision: str, *, keep_sigmoid: bool) -> i
     untyped = [node.name for node in model.graph if any(value.dtype is None for value in node.outputs)]
     if untyped:
         raise C2CError(f"node {untyped[0]}: its output has no known type, so it cannot be lowered to {precision}")
-    return _Retyping(model, DTYPES[precision], keep_sigmoid).run()
+    return _Retyping(model, DTYPES[precision], is_fuser).run()
 
 
 class _Retyping:
-    def __init__(self, model: ir.Model, dtype: ir.DataType, keep_sigmoid: bool) -> None:
+    def __init__(self, model: ir.Model, dtype: ir.DataType, is_fuser: bool) -> None:
         self._graph = model.graph
         self._dtype = dtype
-        self._keep_sigmoid = keep_sigmoid
+        self._is_fuser = is_fuser
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self._num_casts = 0
         # float32 values that belong to a residual stream: a norm of one, and nothing else, is computed in float32 too.
@@ -79,9 +83,13 @@ class _Retyping:
         return self._num_casts
 
     def _stays_float32(self, node: ir.Node) -> bool:
-        if node.op_type in _ANGLE_OPERATORS or (node.op_type == "Sigmoid" and self._keep_sigmoid):
+        if node.op_type in _ANGLE_OPERATORS or (self._is_fuser and node.op_type in _FUSER_FLOAT32):
             return True
-        if _adds_to_residual(node):
+        computed = [value for value in _float_inputs(node) if not value.is_initializer()]
+        is_float32 = bool(computed) and all(value.dtype == _FLOAT for value in computed)
+        if self._is_fuser:
+            return is_float32 and node.op_type in _LAYOUT_OPERATORS
+        if _adds_to_residual(node) or _begins_residual(node):
             self._residuals.add(node.outputs[0])
             return True
         if not self._residuals.isdisjoint(_float_inputs(node)):
@@ -90,8 +98,7 @@ class _Retyping:
                 self._residuals.update(node.outputs)
             return node.op_type == "RMSNormalization"
         # What is computed from positions and constants alone is an angle.
-        computed = [value for value in _float_inputs(node) if not value.is_initializer()]
-        return bool(computed) and all(value.dtype == _FLOAT for value in computed) and node.op_type != "RotaryEmbedding"
+        return is_float32 and node.op_type != "RotaryEmbedding"
 
     def _use(self, node: ir.Node, dtype: ir.DataType) -> None:
         """Let `node` read its floating-point inputs as `dtype`."""
@@ -157,11 +164,19 @@ def _adds_to_residual(node: ir.Node) -> bool:
     return any(use.node.op_type in ("RMSNormalization", "Add") for use in node.outputs[0].uses())
 
 
+def _begins_residual(node: ir.Node) -> bool:
+    """Whether `node` scales what a residual stream begins with, as Gemma scales its embeddings."""
+    return node.op_type == "Mul" and any(_adds_to_residual(use.node) for use in node.outputs[0].uses())
+
+
 def _check_range(tensor: ir.TensorProtocol) -> None:
     array = tensor.numpy()
     largest = max(array.max(initial=0), -array.min(initial=0))
     if not largest < _OVERFLOWS_FLOAT16:
-        raise C2CError(f"weight {tensor.name}: its largest value {largest:.4g} does not fit into float16; use bf16")
+        raise C2CError(
+            f"weight {tensor.name}: its largest value {largest:.4g} does not fit into float16, which int8 and int4 "
+            "engines are in besides; build in bf16"
+        )
 
 
 def _float_inputs(node: ir.Node) -> list[ir.Value]:

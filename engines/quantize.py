@@ -34,8 +34,6 @@ WeightPrecision = Literal["int8", "int4"]
 FloatMatrix = NDArray[np.float32]
 
 _BLOCK_SIZES = (64, 32, 16)
-# Fewer rows than this are no projection: a rotary frequency table has one.
-_MIN_ROWS = 8
 _SMALLEST_FLOAT16 = np.finfo(np.float16).smallest_subnormal
 _LARGEST_INT8 = 127
 _INT4_RANGE = ml_dtypes.iinfo(ml_dtypes.int4)
@@ -119,8 +117,6 @@ def _lm_head(graph: ir.Graph) -> ir.Node | None:
 def _block_size(shape: tuple[int, int], precision: WeightPrecision) -> int | None:
     """How many rows share a scale, or None where the shape does not allow this precision."""
     num_rows = shape[0]
-    if num_rows < _MIN_ROWS:
-        return None
     if precision == "int8":
         return num_rows
     # The blocks must divide K: what TensorRT makes of a shorter last block is not documented.

@@ -63,6 +63,11 @@ class Target:
     fused_attention: FusedAttention | None
     known_limits: tuple[str, ...]
 
+    @property
+    def runs_on_onnx_runtime(self) -> bool:
+        """Whether the lowered graphs are the engines, which ONNX Runtime reads."""
+        return self.module == "onnxruntime"
+
     def refusal(
         self,
         precision: str,
@@ -88,15 +93,27 @@ class Target:
             )
         return self._capability_refusal(precision, tuple(compute_capabilities))
 
+    @property
+    def summary(self) -> str:
+        """What it takes, in one line."""
+        capabilities = (
+            f", compute capability {', '.join(self.compute_capabilities)}" if self.compute_capabilities else ""
+        )
+        return (
+            f"opset {self.opset}, {', '.join(self.precisions)}, even head sizes to {self.max_head_size}, capacity to "
+            f"{self.max_capacity}{capabilities}"
+        )
+
     def _capability_refusal(self, precision: str, wanted: tuple[str, ...]) -> str | None:
         for capability in wanted:
+            number = capability_number(capability)
             if self.needs_gpu_to_build:
                 return f"compute capability {capability}: {self.name} builds for the GPU of this machine only"
             if capability not in self.compute_capabilities:
                 known = ", ".join(self.compute_capabilities) or "none"
                 return f"compute capability {capability}: {self.name} {self.version_tried} builds for {known}"
             lowest = self.precision_capability.get(precision)
-            if lowest is not None and capability_number(capability) < capability_number(lowest):
+            if lowest is not None and number < capability_number(lowest):
                 return (
                     f"compute capability {capability}: it has no {precision} kernels, they begin at {lowest}; "
                     "build for it in fp16"

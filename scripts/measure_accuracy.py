@@ -31,9 +31,9 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 from safetensors.numpy import load_file
 
-from c2c_export.build import lower
 from c2c_export.bundle import Bundle, EngineRecord
 from c2c_export.errors import C2CError, UsageError
+from engines.lowering import lower
 from engines.precision import DTYPES
 from engines.quantize import float_weights
 from runtime import C2CPipeline
@@ -213,13 +213,8 @@ def read_questions(folder: Path, count: int) -> list[Question]:
 
 def write_graphs(bundle: Bundle, folder: Path, precision: str, *, rounded: bool) -> dict[str, Weights]:
     """Write every graph of `bundle` in `precision` as `folder`/<name>.onnx."""
-    manifest = bundle.manifest
-    graphs = {"receiver": manifest.receiver_graph}
-    for number, sharer in enumerate(manifest.sharers):
-        if sharer.sharer_graph and sharer.fuser_graph:
-            graphs |= {f"sharer{number}": sharer.sharer_graph, f"fuser{number}": sharer.fuser_graph}
     weights = {}
-    for name, record in graphs.items():
+    for name, record in bundle.manifest.graphs.items():
         lowered = lower(bundle.file(record.path), precision, is_fuser=name.startswith("fuser"))
         model = lowered.model
         weights[name] = Weights(lowered.quantized_weights, float_weights(model))

@@ -14,7 +14,6 @@ import concurrent.futures
 import os
 import shutil
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +21,13 @@ from typing import Any, Protocol, TypeVar
 
 import onnx_ir as ir
 
-from c2c_export.bundle import ProfileRecord, TensorSpec
+from c2c_export.atomic_file import write_atomically
+from c2c_export.bundle import LayerCounts, ProfileRecord, ProfileSizes, TensorSpec
 from c2c_export.errors import C2CError
 from engines.targets import capability_number
 from engines.trt.log import error_log
 from engines.trt.network import (
     GraphNames,
-    LayerCounts,
     Parsed,
     allow_several_attention_kernels,
     cache_aliases,
@@ -77,7 +76,6 @@ class BuiltEngine:
     """What was built. `cache_aliases` names the input whose memory an output shares, by output."""
 
     num_bytes: int
-    seconds: float
     layers: LayerCounts
     cache_aliases: dict[str, str]
     single_attention_kernels: bool
@@ -85,19 +83,17 @@ class BuiltEngine:
     """The builder flags that were set, by TensorRT's names."""
 
 
-def decoder_profiles(
-    inputs: Sequence[TensorSpec], *, capacity: int, max_batch: int, prefill_optimum: int
-) -> tuple[ProfileRecord, ...]:
+def decoder_profiles(inputs: Sequence[TensorSpec], capacity: int, sizes: ProfileSizes) -> tuple[ProfileRecord, ...]:
     """Profile 0, prefill: B = 1, S from 1 to `capacity`; profile 1, decode: B from 1 to `max_batch`, S = 1."""
     return (
-        _profile("prefill", inputs, {"batch": (1, 1, 1), "tokens": (1, prefill_optimum, capacity)}),
-        _profile("decode", inputs, {"batch": (1, max_batch, max_batch), "tokens": (1, 1, 1)}),
+        _profile("prefill", inputs, {"batch": (1, 1, 1), "tokens": (1, sizes.prefill_optimum, capacity)}),
+        _profile("decode", inputs, {"batch": (1, sizes.decode_optimum, sizes.max_batch), "tokens": (1, 1, 1)}),
     )
 
 
-def fuser_profiles(inputs: Sequence[TensorSpec], *, capacity: int, optimum: int) -> tuple[ProfileRecord, ...]:
+def fuser_profiles(inputs: Sequence[TensorSpec], capacity: int, sizes: ProfileSizes) -> tuple[ProfileRecord, ...]:
     """One profile, N from 1 to `capacity`."""
-    return (_profile("fuse", inputs, {"fused_tokens": (1, optimum, capacity)}),)
+    return (_profile("fuse", inputs, {"fused_tokens": (1, sizes.fuse_optimum, capacity)}),)
 
 
 def build_engine(
@@ -108,18 +104,15 @@ def build_engine(
     Raises `C2CError` naming the ONNX node and the model's layer that failed, or what the disk lacks, and passes on
     `KeyboardInterrupt`.
     """
-    started = time.perf_counter()
     model = ir.load(onnx_path)
     job = _Job(trt, onnx_path, options, progress, GraphNames(model), expected_layers(model))
     del model
     serialized, single_kernels = _interruptible(job.run, job.cancel)
     _write(output_path, serialized)
     if job.timing_cache is not None and options.timing_cache is not None:
-        options.timing_cache.parent.mkdir(parents=True, exist_ok=True)
         _write(options.timing_cache, job.timing_cache)
     return BuiltEngine(
         num_bytes=serialized.nbytes,
-        seconds=time.perf_counter() - started,
         layers=job.layers,
         cache_aliases=job.aliases,
         single_attention_kernels=single_kernels,
@@ -181,7 +174,7 @@ class _Job:
     def _configure(self, builder: Any, parsed: Parsed) -> Any:
         trt, config = self._trt, builder.create_builder_config()
         config.progress_monitor = self._monitor
-        # TensorFloat-32 has 11 bits: a rotary angle in it is off by radians at position 4096.
+        # What a graph keeps in float32 is to be computed in float32, not in TensorFloat-32's 11 bits.
         config.clear_flag(trt.BuilderFlag.TF32)
         # Without it TensorRT for RTX may allocate while it runs, which a CUDA graph cannot hold.
         flag = getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)
@@ -196,7 +189,11 @@ class _Job:
                     raise self._failure(f"compute capability {capability}: {self._log.take()}")
         if self._options.timing_cache is not None:
             known = self._options.timing_cache.read_bytes() if self._options.timing_cache.is_file() else b""
-            config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
+            if not config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False):
+                raise C2CError(
+                    f"{self._options.timing_cache}: this timing cache is of another version of TensorRT or of another "
+                    "GPU; delete it, or name another one"
+                )
         for record in self._options.profiles:
             profile = builder.create_optimization_profile()
             for name, (smallest, optimum, largest) in record.shapes.items():
@@ -258,18 +255,14 @@ def _interruptible(work: Callable[[], Result], cancel: Callable[[], None]) -> Re
 
 def _write(path: Path, content: Any) -> None:
     """Write a buffer of TensorRT's to `path`, which holds either all of it or what it held before."""
-    free = shutil.disk_usage(path.parent).free
-    if content.nbytes > free:
-        raise C2CError(
-            f"{path.parent}: the disk is full: {path.name} needs {content.nbytes / 1e9:.2f} GB, "
-            f"{free / 1e9:.2f} GB are free; nothing was left behind"
-        )
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        with partial.open("wb") as file:
-            file.write(content)
-        partial.rename(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(path.parent).free
+        if content.nbytes > free:
+            raise C2CError(
+                f"{path.parent}: the disk is full: {path.name} needs {content.nbytes / 1e9:.2f} GB, "
+                f"{free / 1e9:.2f} GB are free; nothing was left behind"
+            )
+        write_atomically(path, content)
     except OSError as error:
-        raise C2CError(f"{path}: cannot write the engine: {os.strerror(error.errno or 0)}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        raise C2CError(f"{path}: cannot be written: {os.strerror(error.errno or 0)}") from error

@@ -22,22 +22,13 @@ from typing import Any
 
 import onnx_ir as ir
 
+from c2c_export.bundle import LayerCounts
 from c2c_export.errors import C2CError
 
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 _PAST = "past_"
 _MAX_REASON = 400
 """Characters of TensorRT's reason that a message keeps."""
-
-
-@dataclass(frozen=True)
-class LayerCounts:
-    """How many native layers of each kind a network has, and how many layers in all."""
-
-    attention: int
-    cache_updates: int
-    rotary: int
-    total: int
 
 
 class GraphNames:
@@ -81,7 +72,12 @@ def model_layer(node: ir.Node) -> str:
 def expected_layers(model: ir.Model) -> LayerCounts:
     """How many native layers the network of an ONNX graph must have. `total` is the number of nodes."""
     counts = Counter(node.op_type for node in model.graph)
-    return LayerCounts(counts["Attention"], counts["TensorScatter"], counts["RotaryEmbedding"], sum(counts.values()))
+    return LayerCounts(
+        attention=counts["Attention"],
+        cache_updates=counts["TensorScatter"],
+        rotary=counts["RotaryEmbedding"],
+        total=sum(counts.values()),
+    )
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,24 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 
-from c2c_export.build import BuildOptions, BuildResult, build, lower
-from c2c_export.bundle import Bundle, EngineRecord, Manifest, read_manifest, write_manifest
+from c2c_export.build import BuildResult, build
+from c2c_export.build_plan import BuildOptions, check_options, plan_build
+from c2c_export.bundle import (
+    Bundle,
+    EngineRecord,
+    GpuRecord,
+    LayerCounts,
+    Manifest,
+    ProfileSizes,
+    read_manifest,
+    write_manifest,
+)
 from c2c_export.errors import C2CError, UsageError
+from engines.lowering import lower
 from engines.machine import probe_module
 from engines.trt.build import EngineOptions, build_engine, decoder_profiles
 from engines.trt.log import error_log
-from engines.trt.network import GraphNames, LayerCounts, check, expected_layers, parse
+from engines.trt.network import GraphNames, check, expected_layers, parse
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -125,7 +136,8 @@ def test_every_graph_of_every_pair_is_built(
         assert (bundle / engine.graphs[name]).stat().st_size == record.num_bytes
         assert [p.name for p in record.profiles] == (["fuse"] if name.startswith("fuser") else ["prefill", "decode"])
         assert record.quantized_weights == 0
-        assert record.layers["cache_updates"] == len(record.cache_aliases)
+        assert record.layers is not None
+        assert record.layers.cache_updates == len(record.cache_aliases)
         # llama_from_gemma3_aligned's receiver has 3 query heads, qwen3_from_qwen2's sharer heads of 12.
         several = (pair, name) in {("llama_from_gemma3_aligned", "receiver"), (PAIR, "sharer0")}
         assert record.single_attention_kernels != several
@@ -155,7 +167,8 @@ def test_what_an_engine_was_built_from_and_for_is_recorded(pair_options: BuildOp
     assert record.sources == {path: digest for path, digest in manifest.files.items() if path.startswith("graphs/")}
     prefill, decode = record.graphs["receiver"].profiles
     assert prefill.shapes["input_ids"] == ((1, 1), (1, 100), (1, CAPACITY))
-    assert decode.shapes["input_ids"] == ((1, 1), (4, 1), (4, 1))
+    assert decode.shapes["input_ids"] == ((1, 1), (1, 1), (4, 1))
+    assert record.profile_sizes == ProfileSizes(max_batch=4, decode_optimum=1, prefill_optimum=100, fuse_optimum=50)
     assert record.graphs["fuser0"].profiles[0].shapes["sharer_rows"] == ((1,), (50,), (CAPACITY,))
 
 
@@ -176,11 +189,26 @@ def test_lowered_graphs_are_kept_where_asked_and_are_what_the_engine_was_built_f
     model = ir.load(keep / "receiver.onnx")
     assert {value.dtype for value in model.graph.inputs if "past" in str(value.name)} == {ir.DataType.FLOAT16}
     assert not list(pair_options.bundle.rglob("engines/**/*.onnx"))
+    # asked for later, they are lowered again, and nothing is built
+    later = tmp_path / "later"
+    assert not built(replace(pair_options, keep_onnx=later)).built
+    assert {path.name: path.read_bytes() for path in later.iterdir()} == {
+        path.name: path.read_bytes() for path in keep.iterdir()
+    }
+
+
+@on_receiver_only
+def test_a_folder_that_lowered_graphs_cannot_be_kept_in_is_named(options: BuildOptions, tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    before = files_of(options.bundle)
+    with pytest.raises(C2CError, match=r"^--keep-onnx .*/file/kept: cannot be written: Not a directory"):
+        built(replace(options, keep_onnx=tmp_path / "file" / "kept"))
+    assert files_of(options.bundle) == before
 
 
 @on_pair
 def test_for_onnx_runtime_the_lowered_graphs_are_the_engine(pair_options: BuildOptions):
-    engine = built(replace(pair_options, target="ort-cuda")).record
+    engine = built(replace(pair_options, target="ort-cuda", max_batch=None)).record
     model = ir.load(pair_options.bundle / engine.graphs["receiver"])
     assert {value.dtype for value in model.graph.inputs if "past" in str(value.name)} == {ir.DataType.FLOAT16}
     assert "engines/ort-cuda-fp16/receiver.onnx.data" in read_manifest(pair_options.bundle).files
@@ -220,6 +248,32 @@ def test_a_changed_option_graph_or_version_builds_again(options: BuildOptions):
     assert engine_of(options.bundle, "tensorrt-rtx-fp16").build is not None
 
 
+@on_receiver_only
+def test_an_engine_of_another_gpu_is_built_again(options: BuildOptions):
+    record = built(options).record
+    plan = plan_build(options, check_options(options), Bundle.open(options.bundle))
+    assert plan.equals(record)
+    assert not replace(plan, gpu=GpuRecord(name="NVIDIA H100", compute_capability="9.0")).equals(record)
+
+
+@on_receiver_only
+def test_builds_at_the_same_time_all_stay_in_the_manifest(options: BuildOptions):
+    wanted = [replace(options, precision=precision) for precision in ("fp16", "bf16", "int8")]
+    script = (
+        "import sys, contextlib; from pathlib import Path; from c2c_export.build import build\n"
+        "from c2c_export.build_plan import BuildOptions; from c2c_export.progress import BuildDisplay\n"
+        "from rich.console import Console\n"
+        "with BuildDisplay(Console(stderr=True)) as display:\n"
+        "    build(BuildOptions(Path(sys.argv[1]), 'tensorrt-rtx', sys.argv[2]), display.step, display)\n"
+    )
+    running = [
+        subprocess.Popen([sys.executable, "-c", script, str(one.bundle), one.precision], cwd=ROOT) for one in wanted
+    ]
+    assert [process.wait(timeout=300) for process in running] == [0, 0, 0]
+    engines = Bundle.open(options.bundle).manifest.engines
+    assert engines.keys() == {"ort-cpu-fp32", *(f"tensorrt-rtx-{one.precision}" for one in wanted)}
+
+
 # What is refused
 
 
@@ -251,7 +305,9 @@ def with_receiver(**fields: object) -> Callable[[Manifest], Manifest]:
         ),
         ({"max_batch": 0}, r"^--max-batch 0: expected at least 1"),
         ({"prefill_optimum": 257}, r"^--prefill-optimum 257: expected 1 to 256, the bundle's capacity"),
-        ({"fuse_optimum": 0}, r"^--fuse-optimum 0: expected 1 to 256"),
+        ({"fuse_optimum": 0}, r"^--fuse-optimum 0: expected at least 1"),
+        ({"decode_optimum": 5}, r"^--decode-optimum 5: expected 1 to 4, --max-batch"),
+        ({"target": "ort-cuda", "max_batch": 4}, r"^--max-batch 4: ort-cuda has no profiles"),
         ({"timing_cache": Path("cache")}, r"^--timing-cache: tensorrt-rtx times no kernels"),
     ],
 )
@@ -406,7 +462,8 @@ def test_the_command_builds_and_inspect_shows_it(pair_options: BuildOptions):
 @on_receiver_only
 def test_building_needs_neither_torch_nor_transformers(options: BuildOptions):
     script = (
-        "import sys, contextlib; from pathlib import Path; from c2c_export.build import BuildOptions, build\n"
+        "import sys, contextlib; from pathlib import Path; from c2c_export.build import build\n"
+        "from c2c_export.build_plan import BuildOptions\n"
         "from c2c_export.progress import BuildDisplay; from rich.console import Console\n"
         "with BuildDisplay(Console(stderr=True)) as display:\n"
         "    build(BuildOptions(Path(sys.argv[1]), 'tensorrt-rtx', 'fp16'), display.step, display)\n"
@@ -435,9 +492,10 @@ def test_a_real_decoder_is_built_in_fp16(name: str, demo_bundle: Path, tmp_path:
     assert graph is not None
     lowered = tmp_path / f"{name}.onnx"
     ir.save(lower(demo_bundle / graph.path, "fp16", is_fuser=False).model, lowered, external_data="weights")
-    profiles = decoder_profiles(graph.inputs, capacity=manifest.max_length, max_batch=8, prefill_optimum=128)
+    sizes = ProfileSizes(max_batch=8, decode_optimum=1, prefill_optimum=128, fuse_optimum=128)
+    profiles = decoder_profiles(graph.inputs, manifest.max_length, sizes)
     engine = build_engine(trt, lowered, tmp_path / "engine", EngineOptions(profiles), Steps())
-    assert replace(engine.layers, total=0) == REAL[name]
+    assert engine.layers.model_copy(update={"total": 0}) == REAL[name]
     assert len(engine.cache_aliases) == REAL[name].cache_updates
     assert engine.single_attention_kernels
     # half of the float32 graph, and the kernels

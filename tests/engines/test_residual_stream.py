@@ -55,7 +55,7 @@ def test_sums_beyond_float16_stay_finite_and_right():
     assert np.abs(2 * x.astype(np.float32)).max() > np.finfo(np.float16).max
     expected = run(two_layers(), x.astype(np.float32))
     model = two_layers()
-    lower_precision(model, "fp16", keep_sigmoid=False)
+    lower_precision(model, "fp16", is_fuser=False)
     found = run(model, x)
     assert found.dtype == np.float16
     np.testing.assert_allclose(found, expected, rtol=0, atol=0.02)
@@ -64,7 +64,7 @@ def test_sums_beyond_float16_stay_finite_and_right():
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_sums_and_their_norms_are_float32_and_products_and_biases_are_not(precision: str):
     model = two_layers()
-    lower_precision(model, precision, keep_sigmoid=False)
+    lower_precision(model, precision, is_fuser=False)
     low = {"fp16": FLOAT16, "bf16": BFLOAT16}[precision]
     found = {value.name: value.dtype for node in model.graph for value in node.outputs}
     assert {found[name] for name in ("h", "sum", "normed", "last")} == {FLOAT}
@@ -76,10 +76,21 @@ def test_sums_and_their_norms_are_float32_and_products_and_biases_are_not(precis
 @pytest.mark.xdist_group("llama_from_gemma3_aligned")
 def test_every_sum_of_a_gemma_sharer_is_float32_and_every_product_float16(recorded_bundle: Callable[[str], Path]):
     model = ir.load(recorded_bundle("llama_from_gemma3_aligned") / "graphs" / "sharer0.onnx")
-    lower_precision(model, "fp16", keep_sigmoid=False)
+    lower_precision(model, "fp16", is_fuser=False)
     dtypes = {
         op_type: {node.outputs[0].dtype for node in model.graph if node.op_type == op_type} - {ir.DataType.INT64}
         for op_type in ("Add", "MatMul", "Attention", "RotaryEmbedding", "TensorScatter", "Gelu")
     }
     assert dtypes.pop("Add") == {FLOAT}
     assert set(map(frozenset, dtypes.values())) == {frozenset({FLOAT16})}
+
+
+@pytest.mark.xdist_group("llama_from_gemma3_aligned")
+def test_gemmas_scale_of_the_embedding_is_not_rounded(recorded_bundle: Callable[[str], Path]):
+    model = ir.load(recorded_bundle("llama_from_gemma3_aligned") / "graphs" / "sharer0.onnx")
+    lower_precision(model, "bf16", is_fuser=False)
+    (embedding,) = (node for node in model.graph if node.op_type == "Gather" and node.inputs[1] in model.graph.inputs)
+    (cast,) = (use.node for use in embedding.outputs[0].uses())
+    (scale,) = (use.node for use in cast.outputs[0].uses())
+    assert (cast.op_type, scale.op_type) == ("Cast", "Mul")
+    assert {value.dtype for value in (*scale.inputs, *scale.outputs)} == {FLOAT}

@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from c2c_export.bundle import ProfileRecord, TensorSpec, read_manifest
+from c2c_export.bundle import ProfileRecord, ProfileSizes, TensorSpec, read_manifest
 from c2c_export.errors import C2CError
 from engines.precision import lower_precision
 from engines.trt.build import BuiltEngine, EngineOptions, build_engine, decoder_profiles, fuser_profiles
@@ -19,6 +19,7 @@ from engines.trt.build import BuiltEngine, EngineOptions, build_engine, decoder_
 trt = pytest.importorskip("tensorrt_rtx")
 
 CAPACITY = 256
+SIZES = ProfileSizes(max_batch=8, decode_optimum=2, prefill_optimum=100, fuse_optimum=32)
 HEADS = 4
 
 
@@ -67,7 +68,7 @@ def decoder_inputs(size: int = 16) -> tuple[TensorSpec, ...]:
 
 def lowered_graph(folder: Path, graph: Path) -> Path:
     model = ir.load(graph)
-    lower_precision(model, "fp16", keep_sigmoid=graph.name.startswith("fuser"))
+    lower_precision(model, "fp16", is_fuser=graph.name.startswith("fuser"))
     ir.save(model, folder / graph.name, external_data=f"{graph.name}.data")
     return folder / graph.name
 
@@ -79,7 +80,7 @@ def build_recorded(
     manifest = read_manifest(bundle)
     record = manifest.receiver_graph if name == "receiver" else manifest.sharers[0].sharer_graph
     assert record is not None
-    profiles = decoder_profiles(record.inputs, capacity=CAPACITY, max_batch=4, prefill_optimum=64)
+    profiles = decoder_profiles(record.inputs, CAPACITY, SIZES)
     path = lowered_graph(folder, bundle / "graphs" / f"{name}.onnx")
     output = folder / f"{name}.engine"
     engine_options = EngineOptions(profiles, **options)  # type: ignore[arg-type]
@@ -94,7 +95,7 @@ def left_behind(folder: Path) -> list[str]:
 
 
 def test_decoders_are_built_for_one_prompt_of_any_length_and_for_one_token_of_many_requests():
-    profiles = decoder_profiles(decoder_inputs(), capacity=CAPACITY, max_batch=8, prefill_optimum=100)
+    profiles = decoder_profiles(decoder_inputs(), CAPACITY, SIZES)
     assert [profile.name for profile in profiles] == ["prefill", "decode"]
     assert profiles[0].shapes == {
         "input_ids": ((1, 1), (1, 100), (1, CAPACITY)),
@@ -102,9 +103,9 @@ def test_decoders_are_built_for_one_prompt_of_any_length_and_for_one_token_of_ma
         "past_key.0": ((1, 2, CAPACITY, 16),) * 3,
     }
     assert profiles[1].shapes == {
-        "input_ids": ((1, 1), (8, 1), (8, 1)),
-        "write_index": ((1,), (8,), (8,)),
-        "past_key.0": ((1, 2, CAPACITY, 16), (8, 2, CAPACITY, 16), (8, 2, CAPACITY, 16)),
+        "input_ids": ((1, 1), (2, 1), (8, 1)),
+        "write_index": ((1,), (2,), (8,)),
+        "past_key.0": ((1, 2, CAPACITY, 16), (2, 2, CAPACITY, 16), (8, 2, CAPACITY, 16)),
     }
 
 
@@ -114,7 +115,7 @@ def test_fusers_are_built_for_any_number_of_tokens_and_static_inputs_are_left_ou
         TensorSpec(name="write_index", dtype="int64", shape=(1,)),
         TensorSpec(name="unfused_key.0", dtype="float32", shape=(1, 2, "fused_tokens", 16)),
     )
-    (profile,) = fuser_profiles(inputs, capacity=CAPACITY, optimum=32)
+    (profile,) = fuser_profiles(inputs, CAPACITY, SIZES)
     assert profile == ProfileRecord(
         name="fuse",
         shapes={
@@ -136,9 +137,8 @@ def test_an_engine_is_written_and_its_build_reported(recorded_bundle: Callable[[
     assert (built.layers.attention, built.layers.cache_updates, built.layers.rotary) == (4, 8, 8)
     assert built.single_attention_kernels
     assert built.cache_aliases["value.3"] == "past_value.3"
-    # TensorFloat-32 would ruin the rotary angles; what is allocated while running cannot be captured in a CUDA graph.
+    # no TensorFloat-32 in what is kept in float32; what is allocated while running cannot be captured in a CUDA graph.
     assert built.flags == ("REQUIRE_USER_ALLOCATION",)
-    assert built.seconds > 0
     assert recorder.num_finished > 3
     assert not any(recorder.open.values())
     assert {parent for parent in recorder.parents.values() if parent is not None} <= recorder.parents.keys()
@@ -176,7 +176,7 @@ def test_one_engine_serves_the_gpus_it_was_built_for(
 def test_a_failing_build_names_the_graph_the_version_and_the_reason(tmp_path: Path):
     """Head size 12, its projections without biases: TensorRT-RTX 1.7.1 fails a check of its own."""
     path = attention_graph(tmp_path, size=12)
-    profiles = decoder_profiles(read_specs(path), capacity=CAPACITY, max_batch=4, prefill_optimum=64)
+    profiles = decoder_profiles(read_specs(path), CAPACITY, SIZES)
     with pytest.raises(C2CError) as error:
         build_engine(trt, path, tmp_path / "receiver.engine", EngineOptions(profiles), Recorder())
     message = str(error.value)
@@ -188,7 +188,7 @@ def test_a_failing_build_names_the_graph_the_version_and_the_reason(tmp_path: Pa
 
 def test_a_profile_that_does_not_fit_is_named(tmp_path: Path):
     path = attention_graph(tmp_path, size=16)
-    good = decoder_profiles(read_specs(path), capacity=CAPACITY, max_batch=4, prefill_optimum=64)
+    good = decoder_profiles(read_specs(path), CAPACITY, SIZES)
     swapped = [record.model_copy(update={"shapes": {k: v[::-1] for k, v in record.shapes.items()}}) for record in good]
     with pytest.raises(C2CError, match="profile prefill"):
         build_engine(trt, path, tmp_path / "receiver.engine", EngineOptions(swapped), Recorder())
@@ -215,7 +215,7 @@ def test_an_engine_that_cannot_be_written_whole_is_not_left_in_part(
         resource.RLIMIT_FSIZE, (1_000_000, limits[1])
     )  # the graph's weights are smaller, the engine larger
     try:
-        with pytest.raises(C2CError, match=r"receiver\.engine: cannot write the engine: File too large"):
+        with pytest.raises(C2CError, match=r"receiver\.engine: cannot be written: File too large"):
             build_recorded(bundle, "receiver", tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -11,11 +11,11 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from c2c_export.bundle import Bundle, SharerRecord, read_manifest
+from c2c_export.bundle import Bundle, LayerCounts, SharerRecord, read_manifest
 from c2c_export.errors import C2CError
 from engines.precision import lower_precision
 from engines.trt.log import error_log
-from engines.trt.network import GraphNames, LayerCounts, cache_aliases, check, expected_layers, model_layer, parse
+from engines.trt.network import GraphNames, cache_aliases, check, expected_layers, model_layer, parse
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -44,7 +44,7 @@ def parse_file(path: Path) -> Any:
 
 def lower_to(folder: Path, path: Path, precision: str) -> Path:
     model = ir.load(path)
-    lower_precision(model, precision, keep_sigmoid=path.name.startswith("fuser"))
+    lower_precision(model, precision, is_fuser=path.name.startswith("fuser"))
     ir.save(model, folder / path.name, external_data=f"{path.name}.data")
     return folder / path.name
 
