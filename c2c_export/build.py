@@ -26,6 +26,7 @@ from c2c_export.bundle import (
     BuiltGraphRecord,
     Bundle,
     EngineRecord,
+    engine_prefix,
     hash_folder,
     read_manifest,
     write_manifest,
@@ -58,7 +59,7 @@ def build(options: BuildOptions, step: Step, progress: BuildProgress) -> BuildRe
     """
     target = check_options(options)
     with step("Reading the bundle"):
-        bundle = Bundle.open(options.bundle)
+        bundle = Bundle.open(options.bundle, replacing=options.engine_name)
     plan = plan_build(options, target, bundle)
     previous = bundle.manifest.engines.get(plan.name)
     if previous is not None and not options.rebuild and plan.equals(previous):
@@ -115,6 +116,7 @@ def _build_graphs(
             num_bytes=sum(path.stat().st_size for path in staging.glob(f"{files[name]}*")),
             seconds=round(time.perf_counter() - started, 3),
             quantized_weights=lowered.quantized_weights,
+            float_weights=lowered.float_weights,
             casts=lowered.casts,
             layers=None if engine is None else engine.layers,
             single_attention_kernels=engine is None or engine.single_attention_kernels,
@@ -124,7 +126,7 @@ def _build_graphs(
     return EngineRecord(
         target=plan.target.name,
         precision=plan.precision,
-        graphs={name: f"engines/{plan.name}/{file}" for name, file in files.items()},
+        graphs={name: engine_prefix(plan.name) + file for name, file in files.items()},
         build=BuildRecord(
             compute_capabilities=plan.compute_capabilities,
             gpu=plan.gpu,
@@ -203,21 +205,19 @@ def _add_to_bundle(root: Path, name: str, record: EngineRecord, staging: Path) -
 
     The manifest names the engine only while its files are in place, so the bundle is whole at any moment.
     """
-    folder = root / "engines" / name
-    prefix = f"engines/{name}/"
-    hashes = {prefix + path: digest for path, digest in hash_folder(staging).items()}
+    folder = root / engine_prefix(name)
+    hashes = {engine_prefix(name) + path: digest for path, digest in hash_folder(staging).items()}
     staging.chmod(0o755)
     with _locked(root):
         manifest = read_manifest(root)  # another build may have added its engine meanwhile
-        others = {path: digest for path, digest in manifest.files.items() if not path.startswith(prefix)}
-        engines = {key: value for key, value in manifest.engines.items() if key != name}
+        others = manifest.without_engine(name)
         if name in manifest.engines:
-            write_manifest(root, manifest.model_copy(update={"engines": engines, "files": others}))
+            write_manifest(root, others)
         shutil.rmtree(folder, ignore_errors=True)
         folder.parent.mkdir(exist_ok=True)
         staging.rename(folder)
-        added = {"engines": {**engines, name: record}, "files": {**others, **hashes}}
-        write_manifest(root, manifest.model_copy(update=added))
+        added = {"engines": {**others.engines, name: record}, "files": {**others.files, **hashes}}
+        write_manifest(root, others.model_copy(update=added))
 
 
 @contextlib.contextmanager

@@ -32,6 +32,10 @@ _DEFAULT_DECODE_OPTIMUM = 1
 _DEFAULT_OPTIMUM = 512
 _LARGEST_SHARE = 0.6
 """Size of an engine or a lowered graph in that of the float32 graph, at most; docs/architecture.md has the sizes."""
+_KERNEL_BYTES = 10_000_000
+"""Kernels in an engine, however small its weights."""
+_LARGEST_TENSOR = 2**31 - 1
+"""Elements of a tensor in TensorRT."""
 _PROFILE_FLAGS = ("max_batch", "decode_optimum", "prefill_optimum", "fuse_optimum")
 
 
@@ -60,11 +64,19 @@ class BuildOptions:
     rebuild: bool = False
     """Build even if nothing changed."""
 
+    @property
+    def engine_name(self) -> str:
+        """The engine's name in the manifest, and its folder's."""
+        capabilities = sorted({capability_number(capability) for capability in self.compute_capabilities})
+        arch = "+".join(f"sm{number}" for number in capabilities)
+        return f"{self.target}-{self.precision}{f'-{arch}' if arch else ''}"
+
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """What a build depends on."""
+    """What a build depends on, and its engine's name."""
 
+    name: str
     target: Target
     precision: str
     graphs: dict[str, GraphRecord]
@@ -74,12 +86,6 @@ class BuildPlan:
     profile_sizes: ProfileSizes | None
     versions: dict[str, str]
     sources: dict[str, str]
-
-    @property
-    def name(self) -> str:
-        """The engine's name in the manifest and its folder's."""
-        arch = "+".join(f"sm{capability_number(capability)}" for capability in self.compute_capabilities)
-        return f"{self.target.name}-{self.precision}{f'-{arch}' if arch else ''}"
 
     def equals(self, record: EngineRecord) -> bool:
         """Whether `record` is of an engine that this plan would build again."""
@@ -100,11 +106,13 @@ class BuildPlan:
         """Raise `C2CError` where the disk cannot hold the engines and, meanwhile, the largest lowered graph."""
         sizes = [graph.num_bytes for graph in self.graphs.values()]
         needed = int((sum(sizes) + max(sizes)) * _LARGEST_SHARE)
+        if not self.target.runs_on_onnx_runtime:
+            needed += len(sizes) * _KERNEL_BYTES
         free = shutil.disk_usage(root).free
         if needed > free:
             raise C2CError(
-                f"{root}: the disk is full: building {self.name} takes about {needed / 1e9:.2f} GB, "
-                f"{free / 1e9:.2f} GB are free; nothing was written"
+                f"{root}: the disk is full: building {self.name} takes about {needed / 1e6:.0f} MB, "
+                f"{free / 1e6:.0f} MB are free; nothing was written"
             )
 
 
@@ -135,8 +143,11 @@ def check_options(options: BuildOptions) -> Target:
             f"--timing-cache: {target.name} times no kernels when it builds; what it compiles on the GPU is cached "
             "when the engine runs"
         )
-    if options.keep_onnx is not None and options.keep_onnx.exists() and not options.keep_onnx.is_dir():
-        raise UsageError(f"--keep-onnx {options.keep_onnx}: exists and is not a folder")
+    if options.keep_onnx is not None:
+        if options.keep_onnx.exists() and not options.keep_onnx.is_dir():
+            raise UsageError(f"--keep-onnx {options.keep_onnx}: exists and is not a folder")
+        if options.keep_onnx.resolve().is_relative_to(options.bundle.resolve()):
+            raise UsageError(f"--keep-onnx {options.keep_onnx}: lies in the bundle; choose a folder outside of it")
     return target
 
 
@@ -153,6 +164,7 @@ def plan_build(options: BuildOptions, target: Target, bundle: Bundle) -> BuildPl
         versions[target.module] = str(importlib.import_module(target.module).__version__)
     gpu = machine.gpus[0] if target.needs_gpu_to_build else None
     return BuildPlan(
+        name=options.engine_name,
         target=target,
         precision=options.precision,
         graphs=graphs,
@@ -192,6 +204,13 @@ def _check_pair(options: BuildOptions, target: Target, manifest: Manifest) -> No
         refusal = target.refusal(options.precision, head_sizes=[model.head_dim], capacity=manifest.max_length)
         if refusal is not None:
             raise UsageError(f"{options.bundle}: {name} ({model.architecture}): {refusal}")
+        rows = model.num_key_value_heads * model.head_dim * manifest.max_length
+        most = _LARGEST_TENSOR // rows
+        if not target.runs_on_onnx_runtime and (options.max_batch or _DEFAULT_MAX_BATCH) > most:
+            raise UsageError(
+                f"--max-batch {options.max_batch or _DEFAULT_MAX_BATCH}: {target.name} holds caches of 2**31 elements, "
+                f"which is {most} requests of {name}'s {rows} elements each; choose a smaller one"
+            )
 
 
 def _check_machine(target: Target, precision: str) -> Machine:

@@ -26,6 +26,7 @@ from c2c_export.tokenizer import CHAT_TEMPLATE_NAME, SPECIAL_TOKENS_NAME, TOKENI
 
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+ENGINES = "engines/"
 
 FusionMode = Literal["parallel", "sequential"]
 AlignmentStrategy = Literal["first", "longest"]
@@ -161,6 +162,8 @@ class BuiltGraphRecord(Record):
     """What building took, lowering included."""
     quantized_weights: int
     """Matrices that became integers; 0 but for int8 and int4."""
+    float_weights: int
+    """Of those precisions: matrices whose shape does not allow integers."""
     casts: int
     """Casts that lowering the precision inserted."""
     layers: LayerCounts | None
@@ -199,6 +202,11 @@ class EngineRecord(Record):
     """None where the portable graphs themselves are run."""
 
 
+def engine_prefix(name: str) -> str:
+    """What the paths of a built engine's files begin with."""
+    return f"{ENGINES}{name}/"
+
+
 def graphs_of(receiver: GraphRecord, sharers: Sequence[SharerRecord]) -> dict[str, GraphRecord]:
     """The portable graphs that an engine is made of, by the names that engines call them."""
     graphs = {"receiver": receiver}
@@ -226,6 +234,12 @@ class Manifest(Record):
     engines: dict[str, EngineRecord]
     files: dict[BundlePath, str]
 
+    def without_engine(self, name: str) -> "Manifest":
+        """This manifest without that engine and its files."""
+        engines = {key: record for key, record in self.engines.items() if key != name}
+        files = {path: digest for path, digest in self.files.items() if not path.startswith(engine_prefix(name))}
+        return self.model_copy(update={"engines": engines, "files": files})
+
     @property
     def graphs(self) -> dict[str, GraphRecord]:
         """The portable graphs that an engine is made of, by the names that engines call them."""
@@ -249,15 +263,22 @@ class Bundle:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> "Bundle":
+    def open(cls, path: str | os.PathLike[str], *, replacing: str | None = None) -> "Bundle":
         """Read the manifest and compare every file with its recorded sha256.
 
+        `replacing` names an engine that is about to be built again: it is left out if its files are damaged.
         Raises `BundleError`, naming the file, when one is missing or changed, or when the schema version is another.
         """
         root = Path(path)
         manifest = read_manifest(root)
         for name, problem in _damaged_files(root, manifest.files):
-            raise BundleError(f"{root / name}: {problem}; export the bundle again")
+            if replacing is not None and name.startswith(engine_prefix(replacing)):
+                manifest = manifest.without_engine(replacing)
+            else:
+                remedy = "export the bundle again"
+                if name.startswith(ENGINES):
+                    remedy = "build that engine again with `c2c-export build … --rebuild`"
+                raise BundleError(f"{root / name}: {problem}; {remedy}")
         return cls(root, manifest)
 
     def file(self, relative: str) -> Path:

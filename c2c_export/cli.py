@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NoReturn, Optional
@@ -42,20 +42,36 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without Unicode must not end an answer
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _end)
+    stopped: list[int] = []
+
+    def stop(number: int, _: object) -> NoReturn:
+        # As an exception, so that what is half-written is removed on the way out.
+        stopped.append(number)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt  # which Typer, and a build in another thread, know
+        sys.exit(128 + number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, stop)
     try:
         app()
     except C2CError as error:
+        _end_if(stopped)
         _fail(str(error), error.exit_code)
     except OSError as error:
+        _end_if(stopped)
         # What no command could foresee: output into a full disk, a name longer than the system allows.
         _fail(f"{error.filename or 'output'}: {error.strerror or error}", 1)
+    except Exception:
+        # A library that is interrupted while it is imported raises what it likes.
+        _end_if(stopped)
+        raise
 
 
-def _end(number: int, _: object) -> NoReturn:
-    # As an exception, so that what is half-written is removed on the way out.
-    sys.exit(128 + number)
+def _end_if(stopped: Sequence[int]) -> None:
+    if stopped:
+        _console.print("stopped")
+        sys.exit(128 + stopped[0])
 
 
 def _fail(message: str, exit_code: int) -> NoReturn:
@@ -177,7 +193,7 @@ def build(
     tensorrt-rtx builds on any machine, for any RTX GPU. tensorrt builds on the GPU machine, for its GPU. What a target
     refuses is checked first; `c2c-export doctor` lists it. Ctrl-C stops a build and leaves the bundle as it was.
     """
-    _require("onnx", "onnx_ir", extra="build")
+    _require("onnx", "onnx_ir", extra=engine if engine in ("tensorrt", "tensorrt-rtx") else "build")
     from c2c_export.build import build as build_engines
     from c2c_export.build_plan import BuildOptions
     from c2c_export.progress import BuildDisplay

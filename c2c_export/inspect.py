@@ -15,6 +15,7 @@ from c2c_export.bundle import (
     ProfileRecord,
     SharerRecord,
 )
+from engines.targets import target_of
 
 
 def print_bundle(bundle: Bundle, console: Console) -> None:
@@ -116,17 +117,17 @@ def _engines(bundle: Bundle) -> Table:
             engine.precision,
             f"{num_bytes / 1e6:.1f} MB",
             "not checked" if engine.check is None else "checked",
-            "" if build is None else _gpus(build),
+            "" if build is None else _gpus(engine.target, build),
             "" if build is None or build.profile_sizes is None else str(build.profile_sizes.max_batch),
             "" if build is None else ", ".join(f"{name} {version}" for name, version in build.versions.items()),
         )
     return table
 
 
-def _gpus(build: BuildRecord) -> str:
+def _gpus(target: str, build: BuildRecord) -> str:
     if build.gpu is not None:
         return build.gpu.name
-    return ", ".join(build.compute_capabilities) or "the target's default"
+    return ", ".join(build.compute_capabilities or target_of(target).default_compute_capabilities) or "any"
 
 
 def _built_graphs(name: str, build: BuildRecord) -> Table:
@@ -149,8 +150,10 @@ def _built_graphs(name: str, build: BuildRecord) -> Table:
 
 
 def _layers(built: BuiltGraphRecord) -> Iterator[str]:
-    if built.quantized_weights:
+    if built.quantized_weights or built.float_weights:
         yield f"{built.quantized_weights} integer weights"
+    if built.float_weights:
+        yield f"{built.float_weights} weights in fp16 (their shape does not allow integers)"
     if built.layers is None:
         return
     if built.layers.attention:

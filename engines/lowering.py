@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from engines.precision import lower_precision
-from engines.quantize import quantize_weights
+from engines.quantize import float_weights, quantize_weights
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,9 @@ class LoweredGraph:
 
     model: ir.Model
     quantized_weights: int
+    """Matrices that became integers; 0 but for int8 and int4."""
+    float_weights: int
+    """Of those precisions: matrices that stay in float16, as their shape does not allow integers."""
     casts: int
 
 
@@ -28,11 +31,12 @@ def lower(path: Path, precision: str, *, is_fuser: bool) -> LoweredGraph:
     Raises `C2CError` naming a weight that does not fit into the precision.
     """
     model = ir.load(path)
-    quantized = 0
+    quantized = kept = 0
     if precision in ("int8", "int4"):
         quantized = quantize_weights(model, "int8" if precision == "int8" else "int4")
+        kept = len(float_weights(model))
         precision = "fp16"
-    return LoweredGraph(model, quantized, lower_precision(model, precision, is_fuser=is_fuser))
+    return LoweredGraph(model, quantized, kept, lower_precision(model, precision, is_fuser=is_fuser))
 
 
 def save_lowered(lowered: LoweredGraph, path: Path) -> None:

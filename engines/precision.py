@@ -21,10 +21,13 @@ precision of the scores inside an attention kernel is the kernel's own.
 Not covered: loss scaling or clamping of activations that leave float16's range; docs/accuracy.md has the measurements.
 """
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from c2c_export.errors import C2CError
+from engines.model_layers import model_layer
 
 _FLOAT = ir.DataType.FLOAT
 DTYPES = {"fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
@@ -41,7 +44,7 @@ def lower_precision(model: ir.Model, precision: str, *, is_fuser: bool) -> int:
 
     Weights are converted when they are read, so a model larger than the memory can be retyped and saved.
 
-    Raises `C2CError` naming a weight of which a value does not fit into float16.
+    Raises `C2CError` naming a weight of which a value is not finite or does not fit into float16.
     """
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     # Nodes that a fusion rule wrote carry no types.
@@ -118,7 +121,7 @@ class _Retyping:
     def _cast(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
         if (value, dtype) not in self._casts:
             if value.is_initializer():
-                self._casts[value, dtype] = self._retyped_weight(value, dtype)
+                self._casts[value, dtype] = self._retyped_weight(value, dtype, before)
             else:
                 cast = self._new_cast(value, dtype, f"{value.name}.{dtype.name.lower()}", like=before)
                 self._graph.insert_before(before, cast)
@@ -132,13 +135,13 @@ class _Retyping:
         self._num_casts += 1
         return cast
 
-    def _retyped_weight(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+    def _retyped_weight(self, value: ir.Value, dtype: ir.DataType, reader: ir.Node) -> ir.Value:
         tensor = value.const_value
         assert tensor is not None
         name = f"{value.name}.{dtype.name.lower()}"
         weight = ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype))
-        if dtype == ir.DataType.FLOAT16:
-            _check_range(tensor)
+        if dtype != _FLOAT:
+            check_range(tensor.numpy(), dtype, reader)
         weight.const_value = ir.LazyTensor(
             lambda: ir.Tensor(tensor.numpy().astype(dtype.numpy()), dtype=dtype, name=name),
             dtype=dtype,
@@ -169,14 +172,16 @@ def _begins_residual(node: ir.Node) -> bool:
     return node.op_type == "Mul" and any(_adds_to_residual(use.node) for use in node.outputs[0].uses())
 
 
-def _check_range(tensor: ir.TensorProtocol) -> None:
-    array = tensor.numpy()
-    largest = max(array.max(initial=0), -array.min(initial=0))
-    if not largest < _OVERFLOWS_FLOAT16:
+def check_range(weight: NDArray[np.generic], dtype: ir.DataType, reader: ir.Node) -> None:
+    """Raise `C2CError` naming the model's layer unless every value is finite in `dtype`; `reader` reads the weight."""
+    largest = max(weight.max(initial=0), -weight.min(initial=0))
+    if dtype == ir.DataType.FLOAT16 and np.isfinite(largest) and largest >= _OVERFLOWS_FLOAT16:
         raise C2CError(
-            f"weight {tensor.name}: its largest value {largest:.4g} does not fit into float16, which int8 and int4 "
-            "engines are in besides; build in bf16"
+            f"layer {model_layer(reader)}: a weight of {largest:.6g} does not fit into float16, in which int8 and int4 "
+            "engines compute as well; build in bf16"
         )
+    if not np.isfinite(largest):
+        raise C2CError(f"layer {model_layer(reader)}: a weight is {largest}, expected finite weights; mend the model")
 
 
 def _float_inputs(node: ir.Node) -> list[ir.Value]:

@@ -30,6 +30,8 @@ from onnx import TensorProto
 from onnx_ir.passes import common
 from onnxruntime.quantization.quant_utils import quantize_nparray
 
+from engines.precision import check_range
+
 WeightPrecision = Literal["int8", "int4"]
 FloatMatrix = NDArray[np.float32]
 
@@ -47,6 +49,15 @@ class _Quantized:
     """[K,N], in the range of the integer type."""
     scales: FloatMatrix
     """[N], or [K/block,N]."""
+
+    @property
+    def largest(self) -> FloatMatrix:
+        """The largest absolute value that each scale stands for, in the shape of `scales`."""
+        num_rows, num_columns = self.values.shape
+        num_blocks = 1 if self.scales.ndim == 1 else len(self.scales)
+        blocks = self.values.reshape(num_blocks, num_rows // num_blocks, num_columns)
+        largest = np.maximum(blocks.max(axis=1), -blocks.min(axis=1).astype(np.int16))
+        return largest.astype(np.float32).reshape(self.scales.shape) * self.scales
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,7 @@ def quantize_weights(model: ir.Model, precision: WeightPrecision) -> int:
     """Quantise the weights of `model` in place; return how many matrices became integers.
 
     A matrix that several products share is quantised, and counted, once. What had to stay is told by `float_weights`.
+    Raises `C2CError` naming the layer of a weight that float16, in which the engine computes, cannot hold.
     """
     head = _lm_head(model.graph)
     products: dict[tuple[ir.Value, bool, WeightPrecision], list[_Product]] = {}
@@ -128,6 +140,7 @@ def _block_size(shape: tuple[int, int], precision: WeightPrecision) -> int | Non
 def _insert_dequantized(graph: ir.Graph, product: _Product, precision: WeightPrecision) -> ir.Value:
     array = _tensor(product.weight).numpy()
     weight = np.ascontiguousarray(array.T if product.transposed else array, dtype=np.float32)
+    check_range(weight, ir.DataType.FLOAT, product.node)
     block_size = _block_size(product.shape, precision)
     assert block_size is not None
     name = f"{product.weight.name}.{precision}"
@@ -139,6 +152,7 @@ def _insert_dequantized(graph: ir.Graph, product: _Product, precision: WeightPre
         values = ir.Tensor(quantized.values.astype(ir.DataType.INT4.numpy()), dtype=ir.DataType.INT4, name=name)
     scales = ir.Tensor(quantized.scales, name=f"{name}.scales")
     node = ir.node("DequantizeLinear", [_register(graph, values), _register(graph, scales)], attributes)
+    check_range(quantized.largest, ir.DataType.FLOAT16, product.node)
     dequantized = node.outputs[0]
     dequantized.name, dequantized.dtype = f"{name}.dequantized", ir.DataType.FLOAT
     dequantized.shape = ir.Shape(product.shape)

@@ -77,6 +77,8 @@ class Target:
         compute_capabilities: Iterable[str] = (),
     ) -> str | None:
         """Why this target cannot have such an engine, as what was found and what is expected; None where it can."""
+        if precision not in PRECISIONS:
+            return f"precision {precision!r}: expected one of {', '.join(self.precisions)}"
         if precision not in self.precisions:
             reason = _PRECISION_REASONS.get((self.name, precision), "it has no kernels of this precision")
             return f"precision {precision}: {self.name} takes {' or '.join(self.precisions)}; {reason}"
@@ -109,6 +111,8 @@ class Target:
             number = capability_number(capability)
             if self.needs_gpu_to_build:
                 return f"compute capability {capability}: {self.name} builds for the GPU of this machine only"
+            if self.runs_on_onnx_runtime:
+                return f"compute capability {capability}: {self.name} chooses its kernels when it runs; leave it out"
             if capability not in self.compute_capabilities:
                 known = ", ".join(self.compute_capabilities) or "none"
                 return f"compute capability {capability}: {self.name} {self.version_tried} builds for {known}"

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from onnx_ir.passes import common
 from safetensors.numpy import load_file
 
-from c2c_export.bundle import Bundle, EngineRecord
+from c2c_export.bundle import Bundle, EngineRecord, hash_folder
 from c2c_export.errors import C2CError, UsageError
 from engines.lowering import lower
 from engines.precision import DTYPES
@@ -368,10 +368,15 @@ def _log_softmax(logits: FloatArray) -> FloatArray:
 
 
 def _with_engine(bundle: Bundle, folder: Path, precision: str) -> Bundle:
-    """The bundle with one engine, in `precision`, whose graphs lie in `folder`."""
-    graphs = {path.stem: str(path) for path in sorted(folder.glob("*.onnx"))}
+    """A bundle in `folder` like `bundle`, with one engine, in `precision`, whose graphs lie in `folder`."""
+    for path in ("tokenizers", "alignment"):
+        if not (folder / path).exists():
+            (folder / path).symlink_to((bundle.root / path).absolute())
+    graphs = {path.stem: path.name for path in sorted(folder.glob("*.onnx"))}
     engine = EngineRecord(target=_ENGINE, precision=precision, graphs=graphs)
-    return Bundle(bundle.root, bundle.manifest.model_copy(update={"engines": {f"{_ENGINE}-{precision}": engine}}))
+    kept = {path: digest for path, digest in bundle.manifest.files.items() if not path.startswith("graphs/")}
+    update = {"engines": {f"{_ENGINE}-{precision}": engine}, "files": {**kept, **hash_folder(folder)}}
+    return Bundle(folder, bundle.manifest.model_copy(update=update))
 
 
 def _reason(error: C2CError) -> str:

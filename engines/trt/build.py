@@ -33,10 +33,12 @@ from engines.trt.network import (
     cache_aliases,
     check,
     expected_layers,
+    head_sizes,
     parse,
     shorten,
 )
 
+_REGULAR_HEAD_SIZE = 8
 _NO_SINGLE_KERNEL = "not supported by a dedicated kernel"
 _POLL_SECONDS = 0.1
 
@@ -105,7 +107,7 @@ def build_engine(
     `KeyboardInterrupt`.
     """
     model = ir.load(onnx_path)
-    job = _Job(trt, onnx_path, options, progress, GraphNames(model), expected_layers(model))
+    job = _Job(trt, onnx_path, options, progress, model)
     del model
     serialized, single_kernels = _interruptible(job.run, job.cancel)
     _write(output_path, serialized)
@@ -132,10 +134,11 @@ class _Job:
         path: Path,
         options: EngineOptions,
         progress: BuildProgress,
-        names: GraphNames,
-        expected: LayerCounts,
+        model: ir.Model,
     ) -> None:
-        self._trt, self._path, self._options, self._names, self._expected = trt, path, options, names, expected
+        self._trt, self._path, self._options = trt, path, options
+        self._names, self._expected = GraphNames(model), expected_layers(model)
+        self._odd_head_sizes = sorted({size for size in head_sizes(model) if size % _REGULAR_HEAD_SIZE})
         self._progress, self._cancelled = progress, threading.Event()
         self.timing_cache: Any = None
         self.flags: tuple[str, ...] = ()
@@ -208,8 +211,16 @@ class _Job:
         if len(nodes) > 1:
             where += f" to {self._names.describe(nodes[-1])}"
         version = f"{self._trt.__name__} {self._trt.__version__}"
+        cause = ""
+        if self._odd_head_sizes:
+            sizes = " and ".join(str(size) for size in self._odd_head_sizes)
+            cause = (
+                f"\nIts head size {sizes} is no multiple of 8, with which TensorRT's compiler fails in some graphs: "
+                "run this pair on ort-cpu or ort-cuda"
+            )
         return C2CError(
             f"{self._path.name}: {version} cannot build this graph{where}: {shorten(reason) or 'it gave no reason'}"
+            f"{cause}"
         )
 
 
@@ -260,8 +271,8 @@ def _write(path: Path, content: Any) -> None:
         free = shutil.disk_usage(path.parent).free
         if content.nbytes > free:
             raise C2CError(
-                f"{path.parent}: the disk is full: {path.name} needs {content.nbytes / 1e9:.2f} GB, "
-                f"{free / 1e9:.2f} GB are free; nothing was left behind"
+                f"{path.parent}: the disk is full: {path.name} needs {content.nbytes / 1e6:.1f} MB, "
+                f"{free / 1e6:.1f} MB are free; nothing was left behind"
             )
         write_atomically(path, content)
     except OSError as error:

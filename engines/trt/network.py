@@ -13,7 +13,6 @@ Names of TensorRT and of ONNX are turned into the model's own, such as `model.la
 optimisation profiles and building (`engines.trt.build`).
 """
 
-import ast
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -24,8 +23,8 @@ import onnx_ir as ir
 
 from c2c_export.bundle import LayerCounts
 from c2c_export.errors import C2CError
+from engines.model_layers import model_layer
 
-_NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 _PAST = "past_"
 _MAX_REASON = 400
 """Characters of TensorRT's reason that a message keeps."""
@@ -58,17 +57,6 @@ class GraphNames:
         return found
 
 
-def model_layer(node: ir.Node) -> str:
-    """The module of the model that a node was traced from, such as `model.layers.3.mlp`; "mask and positions" of none.
-
-    Taken from what the exporter writes into each node's metadata.
-    """
-    scopes = node.metadata_props.get(_NAME_SCOPES)
-    # The last scope is the operation itself.
-    modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope] if scopes else []
-    return modules[-1].removeprefix("model.") if modules else "mask and positions"
-
-
 def expected_layers(model: ir.Model) -> LayerCounts:
     """How many native layers the network of an ONNX graph must have. `total` is the number of nodes."""
     counts = Counter(node.op_type for node in model.graph)
@@ -78,6 +66,12 @@ def expected_layers(model: ir.Model) -> LayerCounts:
         rotary=counts["RotaryEmbedding"],
         total=sum(counts.values()),
     )
+
+
+def head_sizes(model: ir.Model) -> set[int]:
+    """The head sizes of the graph's attentions."""
+    keys = (node.inputs[1] for node in model.graph if node.op_type == "Attention")
+    return {int(key.shape[3]) for key in keys if key is not None and key.shape is not None}
 
 
 @dataclass(frozen=True)

@@ -358,6 +358,35 @@ def test_tensorrt_without_its_module_is_refused_with_how_to_install_it(options: 
 
 
 @on_receiver_only
+@pytest.mark.parametrize("inside", ["graphs", "engines/tensorrt-rtx-fp16", "new"])
+def test_lowered_graphs_are_not_kept_inside_the_bundle(inside: str, options: BuildOptions):
+    before = files_of(options.bundle)
+    with pytest.raises(UsageError, match=r"lies in the bundle; choose a folder outside of it"):
+        built(replace(options, keep_onnx=options.bundle / ".." / options.bundle.name / inside))
+    assert files_of(options.bundle) == before
+
+
+@on_receiver_only
+def test_more_requests_than_a_cache_can_hold_are_refused_with_how_many_it_can(options: BuildOptions):
+    # 2 heads of 16 elements, 256 rows
+    with pytest.raises(UsageError, match=r"^--max-batch 1000000: .* which is 262143 requests of receiver's 8192"):
+        built(replace(options, max_batch=1_000_000))
+
+
+@on_receiver_only
+def test_a_damaged_engine_is_built_again(options: BuildOptions):
+    first = built(options)
+    engine = options.bundle / first.record.graphs["receiver"]
+    good = engine.read_bytes()
+    for damage in (lambda: engine.write_bytes(good[:-1]), engine.unlink):
+        damage()
+        with pytest.raises(C2CError, match=r"receiver\.engine: .*; build that engine again with .* --rebuild"):
+            Bundle.open(options.bundle)
+        assert built(options).built
+        assert Bundle.open(options.bundle).manifest.engines.keys() == {"ort-cpu-fp32", first.name}
+
+
+@on_receiver_only
 def test_a_damaged_bundle_is_refused_by_file(options: BuildOptions):
     (options.bundle / "graphs" / "receiver.onnx").write_bytes(b"")
     with pytest.raises(C2CError, match=r"graphs/receiver\.onnx: changed since the bundle was written"):

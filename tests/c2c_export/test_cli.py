@@ -289,6 +289,25 @@ def test_a_stopped_export_leaves_nothing(number: signal.Signals, tmp_path: Path)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_ctrl_c_while_a_library_is_imported_ends_quietly(bundle: Path) -> None:
+    program = (
+        "import signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'onnx_ir':\n"
+        "            try:\n"
+        "                signal.raise_signal(signal.SIGINT)\n"
+        "            except KeyboardInterrupt:\n"
+        "                raise ImportError('initialization failed')\n"
+        "from c2c_export.cli import main\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", program, "build", str(bundle), "--engine", "tensorrt-rtx"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "stopped\n")
+
+
 # Generating
 
 

@@ -14,6 +14,7 @@ from hypothesis.extra.numpy import arrays
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from c2c_export.errors import C2CError
 from engines.precision import lower_precision
 from engines.quantize import float_weights, quantize_blocks, quantize_columns, quantize_weights
 
@@ -292,3 +293,27 @@ def build_with_tensorrt_rtx(path: Path) -> tuple[int, int]:
     engine = builder.build_serialized_network(network, config)
     assert engine is not None
     return sum(layer.type == trt.LayerType.DEQUANTIZE for layer in layers), engine.nbytes
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize(
+    ("largest", "expected"),
+    [
+        (70_000.0, "does not fit into float16, in which int8 and int4"),
+        (np.nan, "expected finite weights"),
+        (np.inf, "expected finite weights"),
+    ],
+)
+def test_weights_that_float16_cannot_hold_are_refused(precision: Precision, largest: float, expected: str):
+    weight = normal(64, 8)
+    weight[3, 5] = largest
+    with pytest.raises(C2CError, match=expected):
+        quantize_weights(product(weight), precision)
+
+
+def test_a_scale_whose_largest_multiple_leaves_float16_is_refused():
+    # 516, the float16 above 65,500 / 127, times 127 is 65,532, which float16 rounds to infinity.
+    weight = normal(64, 8)
+    weight[3, 5] = 65_500
+    with pytest.raises(C2CError, match=r"a weight of 65532 does not fit into float16"):
+        quantize_weights(product(weight), "int8")

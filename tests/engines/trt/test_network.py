@@ -13,9 +13,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from c2c_export.bundle import Bundle, LayerCounts, SharerRecord, read_manifest
 from c2c_export.errors import C2CError
+from engines.model_layers import model_layer
 from engines.precision import lower_precision
 from engines.trt.log import error_log
-from engines.trt.network import GraphNames, cache_aliases, check, expected_layers, model_layer, parse
+from engines.trt.network import GraphNames, cache_aliases, check, expected_layers, parse
 
 trt = pytest.importorskip("tensorrt_rtx")
 
