@@ -1,24 +1,31 @@
-"""The interface that every engine implements: I/O specs, device buffers, and `run` over views into buffers.
+"""The interface that every engine implements: I/O specs, device buffers, and runs over views into buffers.
 
-The runtime owns all buffers. It allocates each once through the engine's `Device`, binds views of them by name, and
-runs; an engine never copies a cache. Where an input and an output are to be the same cache, the caller binds the same
-view to both.
+The runtime owns all buffers. It allocates each once through the engine's `Device`, binds views of them by name, which
+checks them, and runs the binding as often as it likes; an engine never copies a cache. Where an input and an output are
+to be the same cache, the caller binds the same view to both.
+
+Who owns what: the caller owns the buffers, and keeps them as long as a binding of views into them is run. A binding
+belongs to the caller too, holds what its backend prepared for it (a prepared I/O binding, a captured graph) and no
+buffer. An engine keeps no binding.
 
 A `Device` is also a queue: copies and runs are carried out in the order of the calls, and on a GPU a call may return
 before its work is done. Each model has a device of its own, all over the same memory, so that the sharers and the
 receiver can work at the same time; an `Event` of one device that another waits for joins them.
 
-Not covered: building engines from portable graphs, which each backend does in its own `lower` or `build` module.
+Not covered: building engines from portable graphs (`engines.trt.build`; ONNX Runtime runs the graphs themselves).
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from c2c_export.bundle import TensorSpec
+from c2c_export.errors import C2CError
 
 Array = NDArray[np.generic]
 BFLOAT16 = "bfloat16"
@@ -28,7 +35,7 @@ BFLOAT16 = "bfloat16"
 class View:
     """A contiguous piece of a buffer: what is bound to a graph's input or output.
 
-    It does not keep the buffer alive: whoever makes views keeps their buffers as long as any engine may run on them.
+    It does not keep the buffer alive: whoever makes views keeps their buffers as long as any binding of them is run.
     """
 
     pointer: int
@@ -85,6 +92,9 @@ class Event(ABC):
 class Device(ABC):
     """Memory for an engine's buffers, and the queue of the work on them."""
 
+    memory: ClassVar[str]
+    """Where its buffers lie, as `View.device` says it."""
+
     @abstractmethod
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """A zeroed buffer. Raises `C2CError` when the device's memory does not suffice."""
@@ -98,6 +108,14 @@ class Device(ABC):
         """Let what is queued from now on begin only when `event`, of any device, is reached; returns at once."""
 
 
+class Binding:
+    """Views that an engine has checked and prepared for runs; made by its `bind`, and run by it alone.
+
+    It may be run any number of times. It does not keep the buffers of its views alive; their contents may change from
+    run to run, their addresses may not.
+    """
+
+
 class Engine(ABC):
     """One graph, ready to run.
 
@@ -107,25 +125,52 @@ class Engine(ABC):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     device: Device
+    aliases: Mapping[str, str] = MappingProxyType({})
+    """For each output that must be bound to the address of an input, that input's name."""
+    address_alignment: int = 1
+    """What every bound address must be a multiple of, in bytes; so must the size of a slot, where there are several."""
 
-    def run(self, bindings: Mapping[str, View]) -> None:
-        """Queue one run, which reads and writes the bound memory, on `device`. `Buffer.read` waits for its outputs.
+    def bind(self, views: Mapping[str, View]) -> Binding:
+        """Check the views and prepare runs over them; nothing runs.
 
-        `bindings` names every input and output of the graph, each once; an input and an output that are the same
-        cache share a view. Raises `ValueError` when a name is missing or unknown, or when dtype or shape disagree
-        with the graph's.
+        `views` names every input and output of the graph, each once; an input and an output that are the same cache
+        share a view. Raises `ValueError` when a name is missing or unknown, when dtype or shape disagree with the
+        graph's, when a view lies on another device than the engine's, or an output of `aliases` elsewhere than its
+        input; and `C2CError` when an address is not aligned or no profile of the engine holds the shapes.
         """
         specs = {spec.name: spec for spec in (*self.inputs, *self.outputs)}
-        if bindings.keys() != specs.keys():
-            wrong = sorted(bindings.keys() ^ specs.keys())
+        if views.keys() != specs.keys():
+            wrong = sorted(views.keys() ^ specs.keys())
             raise ValueError(f"bindings and the graph's inputs and outputs differ in {', '.join(wrong)}")
-        for name, view in bindings.items():
+        for name, view in views.items():
             _check_view(specs[name], view)
-        self._run(bindings)
+            if view.device != self.device.memory:
+                raise ValueError(f"{name} is bound to {view.device} memory, expected {self.device.memory}")
+            if view.pointer % self.address_alignment:
+                raise C2CError(misaligned(f"{name} of shape {list(view.shape)}", self.address_alignment))
+        for output, source in self.aliases.items():
+            if views[output].pointer != views[source].pointer:
+                raise ValueError(f"{output} and {source} are one cache, but are bound to different addresses")
+        return self._bind(views)
 
     @abstractmethod
-    def _run(self, bindings: Mapping[str, View]) -> None:
-        """Run with bindings that were checked."""
+    def run(self, binding: Binding) -> None:
+        """Queue one run, which reads and writes the bound memory, on `device`. `Buffer.read` waits for its outputs.
+
+        `binding` is one that this engine's `bind` gave. Raises `C2CError` when the backend cannot run it.
+        """
+
+    @abstractmethod
+    def _bind(self, views: Mapping[str, View]) -> Binding:
+        """Prepare runs over views that were checked."""
+
+
+def misaligned(what: str, alignment: int) -> str:
+    """The message for `what` that begins at no multiple of `alignment` bytes."""
+    return (
+        f"{what} does not begin at a multiple of {alignment} bytes, which this engine needs; export with a "
+        "--max-length that is a multiple of 128, or open one slot only (num_slots=1)"
+    )
 
 
 def storage_dtype(dtype: str) -> np.dtype[np.generic]:

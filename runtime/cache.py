@@ -4,13 +4,14 @@ A pool holds, for each cache of the model's graph, one buffer [slots,H,C,D]. A s
 [1,H,C,D] is bound both as the graph's input `past_<name>` and as its output `<name>`.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
-from c2c_export.bundle import TensorSpec
-from engines.base import Buffer, Device, View
+from c2c_export.errors import C2CError
+from engines.base import Buffer, Engine, View, misaligned, storage_dtype
 
 _PAST = "past_"
 
@@ -18,15 +19,18 @@ _PAST = "past_"
 class KVCachePool:
     """All caches of one model, by name ("key.<layer>", "value.<layer>"), for a fixed number of slots."""
 
-    def __init__(self, device: Device, inputs: Iterable[TensorSpec], num_slots: int) -> None:
-        """Allocate a buffer for every input named `past_…` among `inputs`, [B,H,C,D] with static H, C, D."""
+    def __init__(self, engine: Engine, num_slots: int) -> None:
+        """Allocate a buffer for every input of `engine` named `past_…`, [B,H,C,D] with static H, C, D.
+
+        Raises `C2CError` when the slots do not begin where `engine` wants them, or memory does not suffice.
+        """
         self.num_slots = num_slots
         self._buffers: dict[str, Buffer] = {}
         self._in_place: dict[int, Mapping[str, View]] = {}
-        for spec in inputs:
+        for spec in engine.inputs:
             if spec.name.startswith(_PAST):
                 shape = (num_slots, *(int(size) for size in spec.shape[1:]))
-                self._buffers[spec.name.removeprefix(_PAST)] = device.allocate(shape, spec.dtype)
+                self._buffers[spec.name.removeprefix(_PAST)] = allocate_slots(engine, spec.name, shape, spec.dtype)
 
     def view(self, name: str, slot: int) -> View:
         """The view [1,H,C,D] of one cache's slot."""
@@ -49,3 +53,15 @@ class KVCachePool:
     def copy_rows(self, name: str, slot: int, start: int, stop: int, into: Buffer) -> None:
         """Copy the rows [start, stop) of one cache's slot, [H, stop - start, D], to the beginning of `into`."""
         into.copy_from(self._buffers[name], slot, slice(None), slice(start, stop))
+
+
+def allocate_slots(engine: Engine, name: str, shape: tuple[int, ...], dtype: str) -> Buffer:
+    """A buffer of which each slot, along the first dimension of `shape`, is bound to the input `name` by itself.
+
+    Raises `C2CError` when there are several and they do not begin at addresses that `engine` takes.
+    """
+    slot_bytes = prod(shape[1:]) * storage_dtype(dtype).itemsize
+    if shape[0] > 1 and slot_bytes % engine.address_alignment:
+        what = f"{name}: a slot of shape {list(shape[1:])} takes {slot_bytes} bytes, so that every slot but the first"
+        raise C2CError(misaligned(what, engine.address_alignment))
+    return engine.device.allocate(shape, dtype)

@@ -5,21 +5,24 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from engines.base import Buffer, Device, Engine, View
-from runtime.cache import KVCachePool
+from engines.base import Binding, Buffer, Device, Engine, View
+from runtime.cache import KVCachePool, allocate_slots
 
 Int64Array = NDArray[np.int64]
 
 
 class Decoder:
-    """A receiver's or sharer's engine with its caches and the small buffers that feed it.
+    """A receiver's or sharer's engine with its caches, the small buffers that feed it, and bindings of them.
 
-    The graph is described in `c2c_export.trace.decoder`. Not thread-safe.
+    The graph is described in `c2c_export.trace.decoder`. The decoder owns the buffers and the bindings, of which it
+    keeps one for each slot: that of a step of one token, so that a step does nothing for each layer. Not thread-safe.
     """
 
     def __init__(self, engine: Engine, num_slots: int, max_length: int) -> None:
+        """Allocate everything. Raises `C2CError` when slots would not be aligned, or memory does not suffice."""
         self._engine = engine
-        self.pool = KVCachePool(engine.device, engine.inputs, num_slots)
+        self.pool = KVCachePool(engine, num_slots)
+        self._steps: dict[int, Binding] = {}
         self._max_length = max_length
         names = {spec.name for spec in engine.inputs}
         allocate = engine.device.allocate
@@ -32,7 +35,8 @@ class Decoder:
         }
         self._row_position_ids: Buffer | None = None
         if "row_position_ids" in names:
-            self._row_position_ids = allocate((num_slots, max_length), "int64")
+            shape = (num_slots, max_length)
+            self._row_position_ids = allocate_slots(engine, "row_position_ids", shape, "int64")
         self._logits: Buffer | None = None
         for spec in engine.outputs:
             if spec.name == "logits":
@@ -58,11 +62,9 @@ class Decoder:
         themselves; the next call writes over their rows. The last token's logits can be had from `logits`.
         """
         num_tokens = len(ids)
-        bindings: dict[str, View] = {}
         tokens: dict[str, Sequence[int] | Int64Array] = {"input_ids": ids, "position_ids": position_ids}
         for name, buffer in self._by_token.items():
             buffer.write(np.asarray(tokens[name], dtype=np.int64), slice(0, num_tokens))
-            bindings[name] = buffer.view(shape=(1, num_tokens))
         scalars = {
             "write_index": write_index,
             "kv_length": write_index + num_tokens - num_hidden,
@@ -70,14 +72,26 @@ class Decoder:
         }
         for name, buffer in self._by_request.items():
             buffer.write(np.array([scalars[name]], dtype=np.int64), slice(None))
-            bindings[name] = buffer.view()
         if self._row_position_ids is not None:
             rows = slice(write_index, write_index + num_tokens)
             self._row_position_ids.write(np.asarray(position_ids, dtype=np.int64), slot, rows)
-            bindings["row_position_ids"] = self._row_position_ids.view(slot, shape=(1, self._max_length))
+        self._engine.run(self._binding(slot, num_tokens))
+
+    def _binding(self, slot: int, num_tokens: int) -> Binding:
+        if num_tokens > 1:  # a prompt's length may never come again
+            return self._bind(slot, num_tokens)
+        if slot not in self._steps:
+            self._steps[slot] = self._bind(slot, 1)
+        return self._steps[slot]
+
+    def _bind(self, slot: int, num_tokens: int) -> Binding:
+        views: dict[str, View] = {name: buffer.view(shape=(1, num_tokens)) for name, buffer in self._by_token.items()}
+        views |= {name: buffer.view() for name, buffer in self._by_request.items()}
+        if self._row_position_ids is not None:
+            views["row_position_ids"] = self._row_position_ids.view(slot, shape=(1, self._max_length))
         if self._logits is not None:
-            bindings["logits"] = self._logits.view()
-        self._engine.run({**bindings, **self.pool.in_place(slot)})
+            views["logits"] = self._logits.view()
+        return self._engine.bind({**views, **self.pool.in_place(slot)})
 
     def logits(self) -> NDArray[np.float32]:
         """A copy of the logits [V] of the last token of the last `run`, once it is done. Only a receiver has them."""

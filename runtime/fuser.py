@@ -13,7 +13,11 @@ _SHARER, _PAST, _UNFUSED = "sharer_", "past_", "unfused_"
 
 
 class Fuser:
-    """One sharer's fuser engine between the receiver's caches and the sharer's. Not thread-safe."""
+    """One sharer's fuser engine between the receiver's caches and the sharer's.
+
+    It owns the small buffers that feed it. The caches are those of the pools that `run` is given, which bind them for
+    that call only, as the number of rows differs from call to call. Not thread-safe.
+    """
 
     def __init__(self, engine: Engine, max_length: int) -> None:
         self._engine = engine
@@ -48,15 +52,15 @@ class Fuser:
         self._rows["receiver_rows"].write(np.asarray(receiver_rows, dtype=np.int64), slice(0, num_rows))
         self._rows["sharer_rows"].write(sharer_rows, slice(0, num_rows))
         self._write_index.write(np.array([receiver_rows.start], dtype=np.int64), slice(None))
-        bindings: dict[str, View] = {name: rows.view(shape=(num_rows,)) for name, rows in self._rows.items()}
-        bindings["write_index"] = self._write_index.view()
+        views: dict[str, View] = {name: rows.view(shape=(num_rows,)) for name, rows in self._rows.items()}
+        views["write_index"] = self._write_index.view()
         for spec in (*self._engine.inputs, *self._engine.outputs):
-            if spec.name.startswith(_SHARER) and spec.name not in bindings:
-                bindings[spec.name] = sharer.view(spec.name.removeprefix(_SHARER), slot)
+            if spec.name.startswith(_SHARER) and spec.name not in views:
+                views[spec.name] = sharer.view(spec.name.removeprefix(_SHARER), slot)
             elif spec.name.startswith(_UNFUSED):
                 _, num_heads, _, head_dim = spec.shape
                 buffer = self._unfused[spec.name.removeprefix(_UNFUSED)]
-                bindings[spec.name] = buffer.view(shape=(1, int(num_heads), num_rows, int(head_dim)))
-            elif spec.name not in bindings:
-                bindings[spec.name] = receiver.view(spec.name.removeprefix(_PAST), slot)
-        self._engine.run(bindings)
+                views[spec.name] = buffer.view(shape=(1, int(num_heads), num_rows, int(head_dim)))
+            elif spec.name not in views:
+                views[spec.name] = receiver.view(spec.name.removeprefix(_PAST), slot)
+        self._engine.run(self._engine.bind(views))

@@ -7,15 +7,16 @@ the CPU provider and the CUDA provider (`engines.ort.cuda`) have in common.
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnxruntime as ort
 
 from c2c_export.bundle import TensorSpec
 from c2c_export.errors import C2CError
-from engines.base import BFLOAT16, Array, Buffer, Device, Engine, Event, View, loaded, storage_dtype, stored
+from engines.base import BFLOAT16, Array, Binding, Buffer, Device, Engine, Event, View, loaded, storage_dtype, stored
 
 ort.disable_telemetry_events()  # what a user runs is nobody else's business
 
@@ -82,6 +83,8 @@ class CpuEvent(Event):
 class CpuDevice(Device):
     """The host's memory. Work is done in the order of the calls, before they return."""
 
+    memory: ClassVar[str] = "cpu"
+
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Buffer:
         """See `Device.allocate`; the system commits the memory page by page, as rows are written."""
         try:
@@ -101,6 +104,14 @@ class CpuDevice(Device):
         """See `Device.wait`; every event is reached already."""
 
 
+@dataclass(frozen=True)
+class OrtBinding(Binding):
+    """ONNX Runtime's prepared binding, and the views that it was made from."""
+
+    prepared: ort.IOBinding
+    views: Mapping[str, View]
+
+
 class OrtEngine(Engine):
     """A graph on one of ONNX Runtime's execution providers."""
 
@@ -118,15 +129,19 @@ class OrtEngine(Engine):
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
         self.device = device
 
-    def _run(self, bindings: Mapping[str, View]) -> None:
-        binding = self._session.io_binding()
+    def run(self, binding: Binding) -> None:
+        """See `Engine.run`."""
+        assert isinstance(binding, OrtBinding)
+        self._session.run_with_iobinding(binding.prepared, self._run_options)
+
+    def _bind(self, views: Mapping[str, View]) -> Binding:
+        prepared = self._session.io_binding()
         for spec in self.inputs:
-            view = bindings[spec.name]
-            binding.bind_input(spec.name, view.device, 0, _element_type(view.dtype), view.shape, view.pointer)
+            bind_input(prepared, spec.name, views[spec.name])
         for spec in self.outputs:
-            view = bindings[spec.name]
-            binding.bind_output(spec.name, view.device, 0, _element_type(view.dtype), view.shape, view.pointer)
-        self._session.run_with_iobinding(binding, self._run_options)
+            view = views[spec.name]
+            prepared.bind_output(spec.name, view.device, 0, _element_type(view.dtype), view.shape, view.pointer)
+        return OrtBinding(prepared, views)
 
 
 class OrtCpuEngine(OrtEngine):
@@ -142,6 +157,11 @@ class OrtCpuEngine(OrtEngine):
         # Products with integer weights become MatMulNBits, which by default would round the activations to int8 too.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         super().__init__(path, device or CpuDevice(), ["CPUExecutionProvider"], options, ort.RunOptions())
+
+
+def bind_input(prepared: ort.IOBinding, name: str, view: View) -> None:
+    """Bind a view as the input `name`. Where the graph reads it from other memory, its contents are copied here."""
+    prepared.bind_input(name, view.device, 0, _element_type(view.dtype), view.shape, view.pointer)
 
 
 def _element_type(dtype: str) -> np.dtype[np.generic] | int:

@@ -185,7 +185,7 @@ def bound_receiver(name: str, recorded_bundle: Callable[[str], Path]) -> tuple[O
 @unaligned
 def test_a_complete_set_of_bindings_runs(name: str, bound_receiver: Any):
     engine, bindings, buffers = bound_receiver
-    engine.run(bindings)
+    engine.run(engine.bind(bindings))
     logits = buffers["logits"].read()
     assert np.isfinite(logits).all()
     assert np.abs(logits).max() > 0
@@ -205,11 +205,58 @@ def test_bindings_that_do_not_fit_the_graph_are_refused_by_name(name: str, bound
         "heads": ({**good, "past_key.0": replace(key, shape=(1, heads + 1, rows, dim))}, "past_key.0"),
         "rows": ({**good, "key.0": replace(key, shape=(1, heads, rows - 1, dim))}, "key.0"),
         "rank": ({**good, "input_ids": replace(good["input_ids"], shape=(2,))}, "input_ids"),
+        "device": ({**good, "logits": replace(good["logits"], device="cuda")}, "logits is bound to cuda memory"),
     }
     for bindings, message in wrong.values():
         with pytest.raises(ValueError, match=message):
-            engine.run(bindings)
-    engine.run(good)
+            engine.bind(bindings)
+    engine.run(engine.bind(good))
+
+
+@unaligned
+def test_a_binding_is_run_again_over_what_its_memory_holds_then(name: str, bound_receiver: Any):
+    engine, bindings, buffers = bound_receiver
+    binding = engine.bind(bindings)
+
+    def logits_of(first: int) -> Array:
+        buffers["input_ids"].write(np.array([[first, 7]]), slice(None))
+        engine.run(binding)
+        return buffers["logits"].read()
+
+    fifth, sixth = logits_of(5), logits_of(6)
+    assert not np.array_equal(fifth, sixth)
+    np.testing.assert_array_equal(logits_of(5), fifth)
+
+
+@unaligned
+def test_addresses_of_an_engine_that_wants_them_aligned_are_checked_when_bound(name: str, bound_receiver: Any):
+    engine, good, _ = bound_receiver
+    engine.address_alignment = 64
+    engine.bind(good)
+    odd = {**good, "logits": replace(good["logits"], pointer=good["logits"].pointer + 4)}
+    with pytest.raises(C2CError, match=r"logits of shape .* multiple of 64 bytes.*--max-length"):
+        engine.bind(odd)
+
+
+@unaligned
+def test_an_output_that_shares_an_inputs_memory_must_be_bound_there(name: str, bound_receiver: Any):
+    engine, good, _ = bound_receiver
+    engine.aliases = {"key.0": "past_key.0"}
+    engine.bind(good)
+    with pytest.raises(ValueError, match=r"key\.0 and past_key\.0 are one cache"):
+        engine.bind({**good, "key.0": good["key.1"]})
+
+
+@unaligned
+def test_slots_that_an_engine_cannot_take_are_refused_when_they_are_allocated(name: str, bound_receiver: Any):
+    engine, good, _ = bound_receiver
+    slot_bytes = int(np.prod(good["past_key.0"].shape)) * 4
+    engine.address_alignment = slot_bytes
+    KVCachePool(engine, 3)
+    engine.address_alignment = 2 * slot_bytes
+    KVCachePool(engine, 1)
+    with pytest.raises(C2CError, match=rf"past_key\.0: a slot of shape .* {slot_bytes} bytes.*--max-length.*one slot"):
+        KVCachePool(engine, 2)
 
 
 def test_a_view_larger_than_its_part_of_the_buffer_is_refused():

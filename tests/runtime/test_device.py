@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from c2c_export.bundle import Bundle
-from engines.base import Array, Buffer, Engine, Event, View, loaded, stored
+from engines.base import Array, Binding, Buffer, Engine, Event, View, loaded, stored
 from engines.ort.engine import CpuBuffer, CpuDevice, OrtCpuEngine
 from runtime import C2CPipeline, Message
 from runtime.decoder import Decoder
@@ -105,9 +105,12 @@ class RecordingEngine(Engine):
         self._engine, self._graph, self._device = engine, graph, device
         self.inputs, self.outputs, self.device = engine.inputs, engine.outputs, device
 
-    def _run(self, bindings: Mapping[str, View]) -> None:
+    def run(self, binding: Binding) -> None:
         self._device.note("run", self._graph)
-        self._engine.run(bindings)
+        self._engine.run(binding)
+
+    def _bind(self, views: Mapping[str, View]) -> Binding:
+        return self._engine.bind(views)
 
 
 @dataclass

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from c2c_export.bundle import Bundle
-from engines.base import Engine, View
-from engines.ort.engine import OrtCpuEngine
+from engines.base import Binding, Engine, View
+from engines.ort.engine import OrtBinding, OrtCpuEngine
 from runtime import C2CPipeline, Message
 from runtime.decoder import Decoder
 from runtime.fuser import Fuser
@@ -45,10 +45,14 @@ class CountingEngine(Engine):
         self.inputs, self.outputs, self.device = engine.inputs, engine.outputs, engine.device
         self.counts: list[int] = []
 
-    def _run(self, bindings: Mapping[str, View]) -> None:
-        rows = bindings.get("input_ids") or bindings["receiver_rows"]
+    def run(self, binding: Binding) -> None:
+        assert isinstance(binding, OrtBinding)
+        rows = binding.views.get("input_ids") or binding.views["receiver_rows"]
         self.counts.append(rows.shape[-1])
-        self._engine.run(bindings)
+        self._engine.run(binding)
+
+    def _bind(self, views: Mapping[str, View]) -> Binding:
+        return self._engine.bind(views)
 
 
 @dataclass
