@@ -84,7 +84,12 @@ def probe_module(name: str) -> Module:
         return Module(None, "not installed" if own else f"cannot be imported: {missing} is missing")
     except Exception as error:  # whatever its native libraries raise
         return Module(None, f"cannot be imported: {error}")
-    return Module(str(module.__version__))
+    try:
+        return Module(str(module.__version__))
+    except Exception as error:  # a folder of that name is imported too, and has no version
+        place = vars(module)  # not getattr, which a module may answer by itself, as it did for the version
+        found = place.get("__file__") or next(iter(place.get("__path__", ())), "Python's path")
+        return Module(None, f"cannot be used: what is imported from {found} has no readable __version__ ({error})")
 
 
 def parse_nvidia_smi(text: str) -> tuple[tuple[Gpu, ...], str | None]:

@@ -59,6 +59,22 @@ def test_modules_are_imported_for_their_version(tmp_path: Path, monkeypatch: pyt
         sys.modules.pop(name, None)
 
 
+def test_a_module_without_a_readable_version_is_a_problem_and_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "folder_one").mkdir()
+    (tmp_path / "lazy_one.py").write_text("def __getattr__(name):\n    raise OSError(f'no {name} today')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, reason in (("folder_one", "has no attribute '__version__'"), ("lazy_one", "no ")):
+        found = probe_module(name)
+        assert found.version is None
+        assert found.problem is not None
+        assert found.problem.startswith(f"cannot be used: what is imported from {tmp_path / name}")
+        assert reason in found.problem
+        assert probe_machine([name]).modules[name] == found
+        sys.modules.pop(name)
+
+
 def test_this_machine_can_be_probed():
     machine = probe_machine(["numpy", "no_such_module"])
     assert machine.modules["numpy"].version
