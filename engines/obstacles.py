@@ -12,8 +12,11 @@ LOWERING_MODULES = ("onnx", "onnx_ir")
 """What every build reads and writes graphs with; the runtime does without."""
 
 
-def build_obstacle(target: Target, machine: Machine) -> str | None:
-    """Why `machine` cannot build engines of `target`, or None where it can or nothing is to be built."""
+def build_obstacle(target: Target, machine: Machine, precision: str | None = None) -> str | None:
+    """Why `machine` cannot build engines of `target` (in `precision`, if given).
+
+    None where it can, or nothing is to be built.
+    """
     if not target.builds:
         return None
     missing = [name for name in LOWERING_MODULES if machine.modules[name].version is None]
@@ -24,7 +27,7 @@ def build_obstacle(target: Target, machine: Machine) -> str | None:
     obstacle = _module_obstacle(target, machine)
     if obstacle is not None or not target.needs_gpu_to_build:
         return obstacle
-    return machine.cuda_problem or _gpu_obstacle(target, machine.gpus[0], None)
+    return machine.cuda_problem or _gpu_obstacle(target, machine.gpus[0], precision)
 
 
 def run_obstacle(target: Target, machine: Machine, precision: str | None = None) -> str | None:
@@ -48,7 +51,13 @@ def record_obstacle(record: EngineRecord, target: Target, machine: Machine) -> s
     built_with, installed = record.build.versions.get(target.module), machine.modules[target.module].version
     if built_with is not None and built_with != installed:
         return f"it was built with {target.module} {built_with}, {installed} is installed; install that, or {rebuild}"
-    gpu, served = machine.gpus[0], record.build.compute_capabilities or target.default_compute_capabilities
+    gpu, built_on = machine.gpus[0], record.build.gpu
+    if built_on is not None and (built_on.name, built_on.compute_capability) != (gpu.name, gpu.compute_capability):
+        return (
+            f"it was built on {built_on.name} (compute capability {built_on.compute_capability}) and runs on that GPU "
+            f"alone, this machine's is {gpu.name} ({gpu.compute_capability}); {rebuild} on this machine"
+        )
+    served = record.build.compute_capabilities or target.default_compute_capabilities
     if served and gpu.compute_capability not in served:
         option = "" if target.needs_gpu_to_build else f" --compute-capability {gpu.compute_capability}"
         return (

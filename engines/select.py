@@ -1,17 +1,20 @@
 """Choose the engine of a bundle that this machine is to run, and load its graphs.
 
 In: a bundle, the engine and precision asked for ("auto" leaves them open), and the machine. Out: an `EngineChoice` with
-its reason, devices and `Engine`s. An engine that is asked for by name is never replaced by another. Not covered:
-building engines, and measuring which is faster; the order is fixed and written below.
+its reason, devices and `Engine`s. What is left open goes on to the next engine where one cannot run or cannot be
+loaded; an engine that is asked for by name is never replaced by another. Not covered: building engines, and measuring
+which is faster; the order is fixed and written below.
 """
 
+import gc
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from c2c_export.bundle import Bundle, EngineRecord
-from c2c_export.errors import C2CError, UsageError
+from c2c_export.errors import C2CError, UsageError, reason_of
 from engines.base import Device, Engine
 from engines.machine import Machine, probe_machine
 from engines.obstacles import record_obstacle, run_obstacle
@@ -30,6 +33,8 @@ _TARGET_ORDER = (TENSORRT, TENSORRT_RTX, ORT_CUDA, ORT_CPU)
 _PRECISION_ORDER = ("fp16", "bf16", "fp32", "int8", "int4")
 _QUANTISED = frozenset({"int8", "int4"})
 
+Loaded = TypeVar("Loaded")
+
 
 @dataclass(frozen=True)
 class EngineChoice:
@@ -41,37 +46,42 @@ class EngineChoice:
     reason: str
 
 
-def choose_engine(
+def open_engine(
     bundle: Bundle,
-    engine: str = ORT_CPU,
-    precision: str | None = None,
+    engine: str,
+    precision: str | None,
+    load: Callable[[EngineRecord], Loaded],
     *,
     probe: Callable[[Iterable[str]], Machine] = probe_machine,
-) -> EngineChoice:
-    """The engine of `bundle` to run.
+) -> tuple[EngineChoice, Loaded]:
+    """The engine of `bundle` to run, and what `load` made of it.
 
     `engine` is a target or "auto", `precision` a precision or "auto"; without one it is "fp32" for a named target and
-    "auto" for "auto". Raises `UsageError` when the bundle has no such engine, `C2CError` when it has but none of them
-    can run on this machine. `probe` looks at the machine, given the modules that matter; it is called only for engines
-    on GPUs.
+    "auto" for "auto". Where either is "auto", an engine that cannot run here or whose `load` raises `C2CError` gives
+    way to the next; what the failed `load` held is freed before. Raises `UsageError` when the bundle has no such
+    engine, `C2CError` when it has but none of them can run on this machine; where both are named, what `load` raises.
+    `probe` looks at the machine, given the modules that matter; it is called only for engines on GPUs.
     """
     wanted_precision = precision or (AUTO if engine == AUTO else "fp32")
-    available = list(_available(bundle))
-    wanted = [
-        record
-        for record in available
-        if engine in (AUTO, record.target) and wanted_precision in (AUTO, record.precision)
-    ]
-    if not wanted:
-        listed = ", ".join(dict.fromkeys(f"{record.target}-{record.precision}" for record in available))
-        raise UsageError(f"{bundle.root} has no engine {engine} in {wanted_precision}; it has {listed}")
+    wanted = _wanted(bundle, engine, wanted_precision)
     judge = _Judge(bundle, probe)
     obstacles: dict[str, None] = {}
-    for record in sorted(wanted, key=_rank):
+    for record in wanted:
+        name = f"{record.target} in {record.precision}"
         obstacle = judge.obstacle(record)
         if obstacle is None:
-            return EngineChoice(record.target, record.precision, record, _reason(record, len(wanted), list(obstacles)))
-        obstacles[f"{record.target} in {record.precision}: {obstacle}"] = None
+            try:
+                loaded = load(record)
+            except C2CError as error:
+                if AUTO not in (engine, wanted_precision):
+                    raise
+                obstacle = reason_of(error)
+            else:
+                reason = _reason(record, len(wanted), list(obstacles))
+                return EngineChoice(record.target, record.precision, record, reason), loaded
+            # The error is gone, and with it the frames that held what was loaded; the rest may hang in cycles.
+            gc.collect()
+        obstacles[f"{name}: {obstacle}"] = None
     raise C2CError(f"{bundle.root}: no engine that was asked for can run here: {'; '.join(obstacles)}")
 
 
@@ -136,6 +146,18 @@ class _Judge:
             built = {record.target for record in _available(self._bundle)} - {ORT_CPU, ORT_CUDA}
             self._machine = self._probe(sorted(target_of(name).module for name in built))
         return self._machine
+
+
+def _wanted(bundle: Bundle, engine: str, precision: str) -> list[EngineRecord]:
+    """The bundle's engines that were asked for, the best first. Raises `UsageError` when there are none."""
+    available = list(_available(bundle))
+    wanted = [
+        record for record in available if engine in (AUTO, record.target) and precision in (AUTO, record.precision)
+    ]
+    if not wanted:
+        listed = ", ".join(dict.fromkeys(f"{record.target}-{record.precision}" for record in available))
+        raise UsageError(f"{bundle.root} has no engine {engine} in {precision}; it has {listed}")
+    return sorted(wanted, key=_rank)
 
 
 def _available(bundle: Bundle) -> Iterator[EngineRecord]:

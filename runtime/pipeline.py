@@ -6,23 +6,32 @@ print(pipe.generate("Which country is the city of Porto in?").text)
 
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from c2c_export.bundle import Bundle
+from c2c_export.bundle import Bundle, EngineRecord
 from c2c_export.errors import C2CError, UsageError
 from c2c_export.tokenizer import BundledTokenizer
 from engines.base import Device, Engine
-from engines.select import choose_engine, load_engine, new_device
+from engines.select import load_engine, new_device, open_engine
 from runtime.decoder import Decoder
 from runtime.fuser import Fuser
 from runtime.messages import Message
 from runtime.prefill import Prefiller
 from runtime.prompt import Plan, PromptPlanner
 from runtime.session import Chunk, Generation, Prompt, Session, is_ids
+
+
+@dataclass(frozen=True)
+class _Engines:
+    """A bundle's engines with their caches, loaded."""
+
+    receiver: Decoder
+    prefiller: Prefiller
 
 
 class C2CPipeline:
@@ -32,28 +41,17 @@ class C2CPipeline:
         self, bundle: Bundle, engine: str, precision: str | None, num_slots: int, num_threads: int | None
     ) -> None:
         """See `from_bundle`."""
-        manifest = bundle.manifest
         for name, count in (("num_slots", num_slots), ("num_threads", 1 if num_threads is None else num_threads)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise UsageError(f"{name} is {count!r}, expected an integer of at least 1")
         self.bundle = bundle
-        self.engine_choice = choose_engine(bundle, engine, precision)
+
+        def load(record: EngineRecord) -> _Engines:
+            return _load_engines(bundle, record, num_slots, num_threads)
+
+        self.engine_choice, engines = open_engine(bundle, engine, precision, load)
         """The engine that runs, and why (`reason`)."""
-        target, graphs = self.engine_choice.target, self.engine_choice.record.graphs
-
-        def load(name: str, device: Device) -> Engine:
-            return load_engine(target, bundle.file(graphs[name]), device, num_threads)
-
-        def decoder(name: str, device: Device) -> Decoder:
-            return Decoder(load(name, device), num_slots, manifest.max_length)
-
-        computed = [number for number in range(len(manifest.sharers)) if f"fuser{number}" in graphs]
-        # Every model has a queue of its own, so that all prefill at once; a fuser changes the receiver's caches.
-        device = new_device(target)
-        self.receiver = decoder("receiver", device)
-        sharers = {number: decoder(f"sharer{number}", new_device(target)) for number in computed}
-        fusers = {number: Fuser(load(f"fuser{number}", device), manifest.max_length) for number in computed}
-        self.prefiller = Prefiller(self.receiver, sharers, fusers)
+        self.receiver, self.prefiller = engines.receiver, engines.prefiller
         receiver_tokenizer = BundledTokenizer.load(bundle.tokenizer_folder())
         self.tokenizer: Tokenizer = receiver_tokenizer.backend
         self._planner = _load_planner(bundle, receiver_tokenizer)
@@ -72,12 +70,12 @@ class C2CPipeline:
     ) -> "C2CPipeline":
         """Open the bundle at `path` and load its engine of that name and precision.
 
-        `engine="auto"` takes the best engine of the bundle that this machine can run; `engine_choice` says which and
-        why. `precision` may be "auto" too, which is what it is by default for "auto"; for a named engine it is "fp32".
-        `num_slots` is how many sessions may be open at once; their caches are allocated here and take memory when used
-        (on a GPU at once). `num_threads` per engine on the CPU defaults to the physical cores. Raises `BundleError`
-        when a file of the bundle is missing or changed, `UsageError` when it has no such engine, `C2CError` when it has
-        and this machine cannot run it.
+        `engine="auto"` takes the best engine of the bundle that this machine can run and load; `engine_choice` says
+        which and why. `precision` may be "auto" too, which is what it is by default for "auto"; for a named engine it
+        is "fp32". `num_slots` is how many sessions may be open at once; their caches are allocated here and take memory
+        when used (on a GPU at once). `num_threads` per engine on the CPU defaults to the physical cores. Raises
+        `BundleError` when a file of the bundle is missing or changed, `UsageError` when it has no such engine,
+        `C2CError` when it has and this machine cannot run it.
         """
         return cls(Bundle.open(path), engine, precision, num_slots, num_threads)
 
@@ -167,6 +165,25 @@ class C2CPipeline:
             if isinstance(number, bool) or not isinstance(number, int) or number not in available:
                 raise UsageError(f"sharer {number!r}: this bundle has sharers 0 to {len(available) - 1}")
         return tuple(sorted(set(sharers)))
+
+
+def _load_engines(bundle: Bundle, record: EngineRecord, num_slots: int, num_threads: int | None) -> _Engines:
+    """Load every graph of the engine `record` and allocate the caches. Raises `C2CError` when that fails."""
+    manifest = bundle.manifest
+
+    def load(name: str, device: Device) -> Engine:
+        return load_engine(record.target, bundle.file(record.graphs[name]), device, num_threads)
+
+    def decoder(name: str, device: Device) -> Decoder:
+        return Decoder(load(name, device), num_slots, manifest.max_length)
+
+    computed = [number for number in range(len(manifest.sharers)) if f"fuser{number}" in record.graphs]
+    # Every model has a queue of its own, so that all prefill at once; a fuser changes the receiver's caches.
+    device = new_device(record.target)
+    receiver = decoder("receiver", device)
+    sharers = {number: decoder(f"sharer{number}", new_device(record.target)) for number in computed}
+    fusers = {number: Fuser(load(f"fuser{number}", device), manifest.max_length) for number in computed}
+    return _Engines(receiver, Prefiller(receiver, sharers, fusers))
 
 
 def _load_planner(bundle: Bundle, receiver: BundledTokenizer) -> PromptPlanner:

@@ -1,15 +1,17 @@
 """Which engine is run: the best that can be, with its reason; one asked for by name, or an error, but never another."""
 
+import gc
+import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
-from c2c_export.bundle import BuildRecord, Bundle, EngineRecord
+from c2c_export.bundle import BuildRecord, Bundle, EngineRecord, GpuRecord
 from c2c_export.errors import C2CError, UsageError
 from engines.machine import CUDA_PROVIDER, CUDA_PYTHON, Gpu, Machine, Module, OnnxRuntime
 from engines.obstacles import build_obstacle, record_obstacle, run_obstacle
-from engines.select import choose_engine, load_engine, new_device
+from engines.select import EngineChoice, load_engine, new_device, open_engine
 from engines.targets import TARGETS
 from engines.trt.header import header_problem, meaning_of
 from runtime import C2CPipeline
@@ -42,12 +44,17 @@ def machine(
     return Machine(gpus, cuda_problem or (None if gpus else "no GPU: no NVIDIA driver"), None, modules, onnx_runtime)
 
 
-def built(target: str, precision: str, capabilities: tuple[str, ...] = (), version: str | None = None) -> EngineRecord:
+def built(
+    target: str,
+    precision: str,
+    capabilities: tuple[str, ...] = (),
+    version: str | None = None,
+    gpu: GpuRecord | None = None,
+) -> EngineRecord:
     build = BuildRecord(
         compute_capabilities=capabilities,
-        max_batch=8,
-        prefill_optimum=256,
-        fuse_optimum=256,
+        gpu=gpu,
+        profile_sizes=None,
         flags=(),
         versions={TARGETS[target].module: version} if version else {},
         sources={},
@@ -75,6 +82,17 @@ def seen_as(found: Machine) -> Callable[[Iterable[str]], Machine]:
 
 def unseen(modules: Iterable[str]) -> Machine:
     raise AssertionError("an engine on the CPU needs no look at the machine")
+
+
+def choose_engine(
+    bundle: Bundle,
+    engine: str = "ort-cpu",
+    precision: str | None = None,
+    *,
+    probe: Callable[[Iterable[str]], Machine],
+) -> EngineChoice:
+    """What is opened where everything that can run can be loaded."""
+    return open_engine(bundle, engine, precision, lambda record: None, probe=probe)[0]
 
 
 def chosen(bundle: Bundle, found: Machine, engine: str = "auto", precision: str | None = None) -> tuple[str, str]:
@@ -183,6 +201,20 @@ def test_an_engine_of_another_version_or_gpu_is_refused_with_both_and_what_to_do
     assert "built for compute capability 8.0, 8.6, 8.9, 12.0, 12.1, T4 has 7.5" in default
 
 
+def test_an_engine_of_tensorrt_runs_on_the_gpu_that_it_was_built_on_alone():
+    target, version = TARGETS["tensorrt"], "11.4.0"
+    built_on = GpuRecord(name=ADA.name, compute_capability=ADA.compute_capability)
+    record = built("tensorrt", "fp16", version=version, gpu=built_on)
+    assert record_obstacle(record, target, tensorrt_machine(ADA, HOPPER)) is None
+    other = record_obstacle(record, target, tensorrt_machine(HOPPER, ADA))  # the first GPU is the one that is used
+    assert other is not None
+    assert "built on RTX 4090 (compute capability 8.9)" in other
+    assert "this machine's is H100 (9.0)" in other
+    assert other.endswith("c2c-export build BUNDLE --engine tensorrt --precision fp16 on this machine")
+    same_name = Gpu(ADA.name, "9.0", ADA.memory_bytes)
+    assert "RTX 4090 (9.0)" in str(record_obstacle(record, target, tensorrt_machine(same_name)))
+
+
 def test_what_a_target_needs_to_build():
     rtx, tensorrt, cuda, cpu = (TARGETS[name] for name in ("tensorrt-rtx", "tensorrt", "ort-cuda", "ort-cpu"))
     assert build_obstacle(cpu, machine()) is None
@@ -191,6 +223,10 @@ def test_what_a_target_needs_to_build():
     assert "not installed" in str(build_obstacle(tensorrt, machine(ADA)))
     assert "no GPU" in str(build_obstacle(tensorrt, machine(tensorrt="11.4.0")))
     assert build_obstacle(tensorrt, machine(HOPPER, tensorrt="11.4.0")) is None
+    old = machine(TURING, tensorrt="11.4.0")
+    assert build_obstacle(tensorrt, old, "fp16") is None
+    assert "T4 has compute capability 7.5; kernels in bf16 begin at 8.0" in str(build_obstacle(tensorrt, old, "bf16"))
+    assert build_obstacle(rtx, old, "bf16") is None  # built for other GPUs than this one's
     bare = machine(ADA)
     bare.modules["onnx_ir"] = ABSENT
     assert "c2c-export[export]" in str(build_obstacle(rtx, bare))
@@ -200,6 +236,76 @@ def test_a_broken_onnx_runtime_is_an_obstacle_to_both_of_its_targets():
     both = OnnxRuntime({"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}, "both are installed", (CUDA_PROVIDER,))
     for name in ("ort-cpu", "ort-cuda"):
         assert run_obstacle(TARGETS[name], machine(ADA, onnx_runtime=both)) == "onnxruntime: both are installed"
+
+
+# What cannot be loaded
+
+
+class Held:
+    """What a load holds before it fails; counted while it is alive."""
+
+    alive = 0
+
+    def __init__(self) -> None:
+        Held.alive += 1
+        self.cycle = self
+        weakref.finalize(self, Held.gone)
+
+    @classmethod
+    def gone(cls) -> None:
+        cls.alive -= 1
+
+
+def failing_load(*failing: str) -> Callable[[EngineRecord], str]:
+    def load(record: EngineRecord) -> str:
+        assert Held.alive == 0, "what the failed attempt held is still there"
+        held = Held()
+        if record.target in failing:
+            raise C2CError(f"too little memory for {record.target}\nfree some")
+        return f"{record.target} {type(held).__name__}"
+
+    return load
+
+
+def test_auto_goes_on_when_loading_fails_frees_what_was_held_and_says_why(bundle_with: BundleWith):
+    found = tensorrt_machine(ADA, onnx_runtime=GPU_RUNTIME)
+    load = failing_load("tensorrt", "ort-cuda")
+    choice, loaded = open_engine(bundle_with(TENSORRT[0]), "auto", None, load, probe=seen_as(found))
+    assert loaded == "ort-cpu Held"
+    assert choice.reason == (
+        "ort-cpu in fp32, as what would be better cannot run here: "
+        "tensorrt in fp16: too little memory for tensorrt free some; "
+        "ort-cuda in fp32: too little memory for ort-cuda free some"
+    )
+
+
+def test_an_open_precision_goes_on_to_the_next_of_the_same_engine(bundle_with: BundleWith):
+    def load(record: EngineRecord) -> str:
+        if record.precision == "fp16":
+            raise C2CError("no fp16")
+        return record.precision
+
+    choice, loaded = open_engine(bundle_with(*TENSORRT), "tensorrt", "auto", load, probe=seen_as(tensorrt_machine(ADA)))
+    assert (choice.target, choice.precision, loaded) == ("tensorrt", "bf16", "bf16")
+    assert "tensorrt in fp16: no fp16" in choice.reason
+
+
+def test_a_named_engine_that_cannot_be_loaded_is_an_error_and_so_is_none_left(bundle_with: BundleWith):
+    found = seen_as(tensorrt_machine(ADA))
+    bundle = bundle_with(TENSORRT[0])
+    with pytest.raises(C2CError, match=r"^too little memory for tensorrt\nfree some$"):
+        open_engine(bundle, "tensorrt", "fp16", failing_load("tensorrt", "ort-cpu"), probe=found)
+    gc.collect()
+    with pytest.raises(C2CError, match=r"no engine .* can run here: tensorrt in fp16: .*; ort-cpu in fp32: too little"):
+        open_engine(bundle, "auto", None, failing_load("tensorrt", "ort-cpu"), probe=found)
+
+
+def test_an_error_that_is_not_the_users_is_not_hidden_by_another_engine(bundle_with: BundleWith):
+    def load(record: EngineRecord) -> None:
+        raise KeyError("ours")
+
+    with pytest.raises(KeyError):
+        open_engine(bundle_with(), "auto", None, load, probe=seen_as(machine()))
 
 
 # What is really here
@@ -225,33 +331,6 @@ def test_the_cuda_provider_by_name_is_refused_here(recorded_bundle: Callable[[st
         pytest.skip("ONNX Runtime's GPU build is installed")
     with pytest.raises(C2CError, match=r"scripts/install_gpu\.sh"):
         C2CPipeline.from_bundle(recorded_bundle(NAME), "ort-cuda")
-
-
-def test_the_cuda_engine_itself_names_the_missing_provider(recorded_bundle: Callable[[str], Path]):
-    pytest.importorskip("cuda.bindings.runtime")
-    from engines.ort.cuda import cache_operators_elsewhere, require_provider
-
-    require_provider([CUDA_PROVIDER, "CPUExecutionProvider"])
-    with pytest.raises(C2CError, match=r"offers CPUExecutionProvider, but ort-cuda needs .*install_gpu\.sh"):
-        require_provider(["CPUExecutionProvider"])
-    assigned = [(CUDA_PROVIDER, "Attention"), ("CPUExecutionProvider", "Shape"), ("CPUExecutionProvider", "MatMul")]
-    assert cache_operators_elsewhere(assigned) == []
-    assert cache_operators_elsewhere([*assigned, ("CPUExecutionProvider", "TensorScatter")]) == ["TensorScatter"]
-
-
-def test_the_operators_on_caches_are_found_in_the_providers_of_a_real_session(recorded_bundle: Callable[[str], Path]):
-    pytest.importorskip("cuda.bindings.runtime")
-    import onnxruntime
-
-    from engines.ort.cuda import cache_operators_elsewhere
-
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    path = Bundle.open(recorded_bundle(NAME)).file("graphs/receiver.onnx")
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    parts = session.get_provider_graph_assignment_info()
-    assigned = [(part.ep_name, node.op_type) for part in parts for node in part.get_nodes()]
-    assert cache_operators_elsewhere(assigned) == ["Attention", "TensorScatter"]
 
 
 def test_a_device_and_an_engine_of_the_cpu_need_no_gpu(recorded_bundle: Callable[[str], Path]):
