@@ -1,16 +1,18 @@
 """GPU memory, queues and captured graphs, straight from the CUDA runtime (`cuda-python`), without torch.
 
 In: shapes, host arrays, and work that others queue on a device's stream. Out: buffers, events, graphs; every error of
-CUDA as a `C2CError` that names the call. What part of a buffer lies where is computed in `engines.regions`, which is
-tested; what is in this file only calls CUDA and has never been executed on a GPU (docs/gpu.md).
+CUDA as a `C2CError` that names the call. What part of a buffer lies where is computed in `engines.regions`. This file
+is tested over a substitute for CUDA in host memory, and has never been executed on a GPU (docs/gpu.md).
 
 Not covered: several GPUs in one process. The first visible one is used; CUDA_VISIBLE_DEVICES chooses it.
 """
 
+import gc
 import importlib
 import weakref
+from collections import deque
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -31,6 +33,10 @@ _ADVICE = {
     "cudaErrorDevicesUnavailable": _NO_GPU,
     "cudaErrorSystemDriverMismatch": _NO_GPU,
     "cudaErrorCallRequiresNewerDriver": "update the NVIDIA driver",
+    **dict.fromkeys(
+        ("cudaErrorStreamCaptureUnsupported", "cudaErrorStreamCaptureInvalidated"),
+        "this work cannot be captured in a CUDA graph; queue it instead",
+    ),
 }
 _OTHER_ADVICE = "start a new process, as CUDA cannot be used after a failure; CUDA_LAUNCH_BLOCKING=1 finds the cause"
 
@@ -42,10 +48,16 @@ def call(name: str, *arguments: Any) -> Any:
     """
     status, *values = getattr(_cudart, name)(*arguments)
     if status != _cudart.cudaError_t.cudaSuccess:
-        _, text = _cudart.cudaGetErrorString(status)
-        advice = _ADVICE.get(status.name, _OTHER_ADVICE)
-        raise C2CError(f"{name} failed with {status.name} ({text.decode()}): {advice}")
+        raise _error(name, status)
     return values[0] if values else None
+
+
+def _error(name: str, status: Any) -> C2CError:
+    # CUDA keeps the last error for whoever asks next, which should not be a library that did nothing wrong.
+    _cudart.cudaGetLastError()
+    _, text = _cudart.cudaGetErrorString(status)
+    advice = _ADVICE.get(status.name, _OTHER_ADVICE)
+    return C2CError(f"{name} failed with {status.name} ({text.decode()}): {advice}")
 
 
 class CudaEvent(Event):
@@ -56,6 +68,13 @@ class CudaEvent(Event):
         # At the interpreter's end the driver may be gone already, and frees everything itself.
         weakref.finalize(self, _cudart.cudaEventDestroy, self.handle).atexit = False
         call("cudaEventRecord", self.handle, stream)
+
+    def is_reached(self) -> bool:
+        """Whether everything queued before it is done; does not wait."""
+        (status,) = _cudart.cudaEventQuery(self.handle)
+        if status not in (_cudart.cudaError_t.cudaSuccess, _cudart.cudaError_t.cudaErrorNotReady):
+            raise _error("cudaEventQuery", status)
+        return bool(status == _cudart.cudaError_t.cudaSuccess)
 
     def seconds_since(self, earlier: Event) -> float:
         """See `Event.seconds_since`."""
@@ -80,11 +99,13 @@ class CudaGraph:
 class CudaDevice(Device):
     """The first visible GPU, with a stream of its own that does not wait for the default stream."""
 
+    memory: ClassVar[str] = "cuda"
+
     def __init__(self) -> None:
         """Make the stream. Raises `C2CError` when there is no usable GPU."""
         self.stream = call("cudaStreamCreateWithFlags", _cudart.cudaStreamNonBlocking)
         weakref.finalize(self, _cudart.cudaStreamDestroy, self.stream).atexit = False
-        self._in_flight: list[Array] = []
+        self._in_flight: deque[tuple[CudaEvent, Array]] = deque()
 
     @property
     def stream_address(self) -> int:
@@ -110,23 +131,42 @@ class CudaDevice(Device):
         self._in_flight.clear()
 
     def keep_until_done(self, value: Array) -> None:
-        """Keep a host array that a queued copy reads; it is let go at the next `synchronize`."""
-        self._in_flight.append(value)
+        """Keep a host array that a copy reads which was queued last, until that copy is done."""
+        self._in_flight.append((CudaEvent(self.stream), value))
+
+    def let_go_of_done(self) -> None:
+        """Let go of the host arrays whose copies are done. Not every device is ever waited for: a sharer's is not."""
+        while self._in_flight and self._in_flight[0][0].is_reached():
+            self._in_flight.popleft()
 
     def capture(self, queue_work: Callable[[], None]) -> CudaGraph:
-        """What `queue_work` queues on the stream, as a graph; it is not carried out now."""
+        """What `queue_work` queues on the stream, as a graph; it is not carried out now.
+
+        Raises `C2CError` when it cannot be captured, or what `queue_work` raises; the stream can be used on.
+        """
+        # A collection could come upon an unused buffer, and cudaFree in a thread that captures spoils the capture.
+        was_collecting = gc.isenabled()
+        gc.disable()
+        try:
+            graph = self._capture(queue_work)
+        finally:
+            if was_collecting:
+                gc.enable()
+        try:
+            return CudaGraph(graph, self.stream)
+        finally:
+            call("cudaGraphDestroy", graph)
+
+    def _capture(self, queue_work: Callable[[], None]) -> Any:
         call("cudaStreamBeginCapture", self.stream, _cudart.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
         try:
             queue_work()
         except BaseException:
             # Takes the stream out of the capture; that it failed is known already.
             _cudart.cudaStreamEndCapture(self.stream)
+            _cudart.cudaGetLastError()
             raise
-        graph = call("cudaStreamEndCapture", self.stream)
-        try:
-            return CudaGraph(graph, self.stream)
-        finally:
-            call("cudaGraphDestroy", graph)
+        return call("cudaStreamEndCapture", self.stream)
 
 
 class CudaBuffer(Buffer):
@@ -165,8 +205,9 @@ class CudaBuffer(Buffer):
         host = np.array(stored(value, self.dtype), order="C")
         if host.shape != region.shape:
             raise ValueError(f"an array of shape {host.shape} for a part of shape {region.shape}")
-        self._device.keep_until_done(host)
+        self._device.let_go_of_done()
         self._copy(self.pointer + region.offset, region.pitch, host.ctypes.data, region.width, region, "HostToDevice")
+        self._device.keep_until_done(host)
 
     def copy_from(self, source: Buffer, *index: int | slice) -> None:
         """See `Buffer.copy_from`."""
