@@ -1,22 +1,21 @@
 """What a TensorRT execution context has to be told before a run, and which runs are captured; computed without a GPU.
 
 In: the engine's optimisation profiles and the views that the runtime binds. Out: the profile to run in, the addresses
-and shapes that differ from those of the last run, and whether to capture the run. Not covered: calling
-TensorRT, which `engines.trt.engine` does.
+and shapes that differ from those of the last run, and whether to capture the run. Not covered: calling TensorRT, which
+`engines.trt.engine` does, and checking the views, which `engines.base` does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 from c2c_export.errors import C2CError
 from engines.base import View
 
-# What cudaMalloc gives and TensorRT's own allocations have. That less suffices is documented nowhere.
+# In bytes: what cudaMalloc gives and TensorRT's own allocations have. That less suffices is documented nowhere.
 ADDRESS_ALIGNMENT = 256
 
 Shape = tuple[int, ...]
-Key = tuple[tuple[str, int, Shape], ...]
 Action = Literal["enqueue", "capture"]
 
 
@@ -58,28 +57,21 @@ def choose_profile(profiles: Sequence[Profile], shapes: Mapping[str, Shape]) -> 
     )
 
 
-def check_addresses(bindings: Mapping[str, View], aliases: Mapping[str, str]) -> None:
-    """Check what TensorRT takes for granted.
+@dataclass
+class BoundTensors:
+    """What an execution context is told before a run: the address of every tensor, and the shape of every input."""
 
-    `aliases` names for each output that is updated in place the input it shares memory with. Raises `ValueError` when
-    the two have different addresses, or a tensor is not in GPU memory, and `C2CError` when an address is not aligned.
-    """
-    for output, source in aliases.items():
-        if bindings[output].pointer != bindings[source].pointer:
-            raise ValueError(f"{output} and {source} are one cache, but are bound to different addresses")
-    for name, view in bindings.items():
-        if view.device != "cuda":
-            raise ValueError(f"{name} is bound to {view.device} memory, expected cuda")
-        if view.pointer % ADDRESS_ALIGNMENT:
-            raise C2CError(
-                f"{name} of shape {list(view.shape)} does not begin at a multiple of {ADDRESS_ALIGNMENT} bytes, which "
-                "TensorRT needs; export with a --max-length that is a multiple of 128, or open one slot only"
-            )
+    addresses: Mapping[str, int]
+    shapes: Mapping[str, Shape]
+    was_queued: bool = False
+    """Whether it has been run, other than from a graph."""
 
 
-def key_of(bindings: Mapping[str, View]) -> Key:
-    """What a captured graph depends on: every tensor's address and shape."""
-    return tuple((name, view.pointer, view.shape) for name, view in sorted(bindings.items()))
+def bound_tensors(views: Mapping[str, View], input_names: Iterable[str]) -> BoundTensors:
+    """The addresses of all `views` and the shapes of those that are inputs; an output's follows from these."""
+    return BoundTensors(
+        {name: view.pointer for name, view in views.items()}, {name: views[name].shape for name in input_names}
+    )
 
 
 @dataclass(frozen=True)
@@ -92,20 +84,17 @@ class Changes:
 
 @dataclass
 class BindingState:
-    """What one execution context was told last, and which of its bindings it has run over."""
+    """What one execution context was told last, and whether its runs are captured."""
 
-    input_names: Sequence[str]
     is_capturable: bool
     _addresses: dict[str, int] = field(default_factory=dict)
     _shapes: dict[str, Shape] = field(default_factory=dict)
-    _seen: set[Key] = field(default_factory=set)
 
-    def changes(self, bindings: Mapping[str, View]) -> Changes:
-        """The addresses, and of the inputs the shapes, that differ from those last given to `apply`."""
-        shapes = {name: bindings[name].shape for name in self.input_names}
+    def changes(self, bound: BoundTensors) -> Changes:
+        """What of `bound` differs from what was last given to `apply`."""
         return Changes(
-            {name: view.pointer for name, view in bindings.items() if self._addresses.get(name) != view.pointer},
-            {name: shape for name, shape in shapes.items() if self._shapes.get(name) != shape},
+            {name: address for name, address in bound.addresses.items() if self._addresses.get(name) != address},
+            {name: shape for name, shape in bound.shapes.items() if self._shapes.get(name) != shape},
         )
 
     def apply(self, changes: Changes) -> None:
@@ -113,15 +102,13 @@ class BindingState:
         self._addresses.update(changes.addresses)
         self._shapes.update(changes.shapes)
 
-    def action(self, key: Key, changes: Changes) -> Action:
-        """What to do for a run over the bindings of `key` that no graph was captured of yet.
+    def action(self, bound: BoundTensors, changes: Changes) -> Action:
+        """What to do for a run over `bound` that no graph was captured of yet.
 
-        A run is captured when the same bindings come the second time: the first run of new shapes may prepare things
+        A run is captured when the same binding comes the second time: the first run of new shapes may prepare things
         that a capture does not allow, so after a change of shapes a run is only queued.
         """
-        if not self.is_capturable:
-            return "enqueue"
-        if key in self._seen and not changes.shapes:
+        if self.is_capturable and bound.was_queued and not changes.shapes:
             return "capture"
-        self._seen.add(key)
+        bound.was_queued = True
         return "enqueue"

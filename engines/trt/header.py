@@ -19,7 +19,10 @@ _MEANINGS = {
 
 
 def header_problem(path: Path, trt: Any) -> str | None:
-    """Why the engine at `path` cannot run here, or None; `trt` is the module `tensorrt_rtx`."""
+    """Why the engine at `path` cannot run here, or None; `trt` is the module `tensorrt_rtx`.
+
+    What TensorRT calls suboptimal, an engine that runs here but was tuned for something else, counts as fine.
+    """
     # A machine without a GPU makes TensorRT complain on stderr, besides its answer.
     runtime = trt.Runtime(trt.Logger(min_severity=trt.ILogger.Severity.INTERNAL_ERROR))
     with path.open("rb") as file:
