@@ -1,11 +1,14 @@
 """GPU buffers, events and graphs over CUDA's substitute in host memory: which bytes move, when, and what is kept."""
 
+import ast
 import gc
 import weakref
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from cuda.bindings import runtime as real
 from fake_cudart import FakeCudart
 
 import engines.cuda
@@ -239,9 +242,47 @@ def test_a_collector_that_is_off_stays_off(cuda: FakeCudart):
         gc.enable()
 
 
-def test_the_substitute_is_of_functions_that_cuda_has():
-    from cuda.bindings import runtime
+# What is really here
 
+
+def test_the_substitute_is_of_functions_that_cuda_has():
     ours = [name for name in vars(FakeCudart) if name.startswith("cuda")]
     assert len(ours) > 10
-    assert [name for name in ours if not hasattr(runtime, name)] == []
+    assert [name for name in ours if not hasattr(real, name)] == []
+
+
+def test_everything_that_is_used_of_cuda_exists():
+    tree = ast.parse(Path(engines.cuda.__file__).read_text(encoding="utf-8"))
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "call"]
+    used = {node.args[0].value for node in calls if isinstance(node.args[0], ast.Constant)}
+    sources = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    used |= {source.removeprefix("_cudart.") for source in sources if source.startswith("_cudart.")}
+    kinds = {f"cudaMemcpyKind.cudaMemcpy{kind}" for kind in ("HostToDevice", "DeviceToHost", "DeviceToDevice")}
+    statuses = {f"cudaError_t.{name}" for name in engines.cuda._ADVICE}
+    assert len(used) > 20
+    for name in sorted({*used, *kinds, *statuses}):
+        found: Any = real
+        for part in name.split("."):
+            assert hasattr(found, part), f"cuda.bindings.runtime has no {name}"
+            found = getattr(found, part)
+
+
+@pytest.fixture
+def no_gpu() -> None:
+    status, count = real.cudaGetDeviceCount()
+    if status == real.cudaError_t.cudaSuccess and count > 0:
+        pytest.skip("this machine has a GPU")
+
+
+def test_without_a_gpu_the_first_call_of_cuda_fails_with_its_name_and_what_to_do(no_gpu: None):
+    with pytest.raises(C2CError, match=r"cudaStreamCreateWithFlags failed with cudaError\w+ \(.*c2c-export doctor"):
+        CudaDevice()
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("cudaMalloc", (16,)), ("cudaFree", (4096,)), ("cudaGetDevice", ()), ("cudaMemGetInfo", ())],
+)
+def test_an_error_of_cuda_names_the_call(no_gpu: None, name: str, arguments: tuple[Any, ...]):
+    with pytest.raises(C2CError, match=rf"^{name} failed with cudaError"):
+        call(name, *arguments)

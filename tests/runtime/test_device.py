@@ -104,12 +104,14 @@ class RecordingEngine(Engine):
     def __init__(self, engine: Engine, device: RecordingDevice, graph: str) -> None:
         self._engine, self._graph, self._device = engine, graph, device
         self.inputs, self.outputs, self.device = engine.inputs, engine.outputs, device
+        self.num_bindings = 0
 
     def run(self, binding: Binding) -> None:
         self._device.note("run", self._graph)
         self._engine.run(binding)
 
     def _bind(self, views: Mapping[str, View]) -> Binding:
+        self.num_bindings += 1
         return self._engine.bind(views)
 
 
@@ -217,6 +219,22 @@ def test_a_prefill_reads_nothing_back_and_a_decode_step_one_row_of_logits(name: 
     assert logits.ndim == 1
     kinds = [what for _, what, _ in recorded.log.entries]
     assert kinds == ["write"] * (len(kinds) - 2) + ["run", "read"]
+
+
+@every(UNALIGNED)
+def test_a_slots_decode_steps_are_bound_once(name: str, recorded: Recorded):
+    plan = recorded.plan(CHAT, (), (0,))
+    recorded.prefill(SlotState(), plan)
+    engine = recorded.receiver._engine
+    assert isinstance(engine, RecordingEngine)
+    recorded.receiver.run(0, [5], [plan.num_positions], len(plan.receiver.ids))
+    before, logits = engine.num_bindings, recorded.receiver.logits()
+    for step in range(1, 4):
+        recorded.receiver.run(0, [5], [plan.num_positions + step], len(plan.receiver.ids) + step)
+    assert engine.num_bindings == before
+    assert not np.array_equal(recorded.receiver.logits(), logits)
+    recorded.receiver.run(0, [5, 6], [plan.num_positions, plan.num_positions + 1], len(plan.receiver.ids))
+    assert engine.num_bindings == before + 1
 
 
 @every(PARALLEL)

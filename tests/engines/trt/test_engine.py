@@ -358,13 +358,6 @@ def trt() -> Any:
     return pytest.importorskip("tensorrt_rtx")
 
 
-def has_gpu() -> bool:
-    from cuda.bindings import runtime as cudart
-
-    status, count = cudart.cudaGetDeviceCount()
-    return status == cudart.cudaError_t.cudaSuccess and count > 0
-
-
 def test_a_file_that_is_no_engine_is_refused_by_name_with_tensorrts_reason(trt: Any, tmp_path: Path):
     path = tmp_path / "receiver.engine"
     path.write_bytes(b"no engine" * 100)
@@ -461,52 +454,6 @@ def test_every_type_of_a_graphs_tensors_is_known_to_tensorrt(trt: Any):
     assert set(_DTYPES) <= set(trt.DataType.__members__)
     for name in _DTYPES:
         TensorSpec(name="x", dtype=_DTYPES[name], shape=(1,))
-
-
-@pytest.fixture
-def no_gpu() -> None:
-    pytest.importorskip("cuda.bindings.runtime")
-    if has_gpu():
-        pytest.skip("this machine has a GPU")
-
-
-def test_without_a_gpu_the_first_call_of_cuda_fails_with_its_name_and_what_to_do(no_gpu: None):
-    with pytest.raises(C2CError, match=r"cudaStreamCreateWithFlags failed with cudaError\w+ \(.*c2c-export doctor"):
-        CudaDevice()
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [("cudaMalloc", (16,)), ("cudaFree", (4096,)), ("cudaGetDevice", ()), ("cudaMemGetInfo", ())],
-)
-def test_an_error_of_cuda_names_the_call(no_gpu: None, name: str, arguments: tuple[Any, ...]):
-    from engines.cuda import call
-
-    with pytest.raises(C2CError, match=rf"^{name} failed with cudaError"):
-        call(name, *arguments)
-
-
-def test_every_function_of_cuda_that_devices_call_exists() -> None:
-    cudart = pytest.importorskip("cuda.bindings.runtime")
-    import ast
-
-    import engines.cuda
-
-    tree = ast.parse(Path(engines.cuda.__file__).read_text(encoding="utf-8"))
-    called = [
-        node.args[0] for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "call"
-    ]
-    names = {argument.value for argument in called if isinstance(argument, ast.Constant)}
-    attributes = {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "_cudart"
-    }
-    assert len(names) > 10
-    assert [name for name in sorted({*names, *attributes}) if not hasattr(cudart, name)] == []
-    kinds = ("HostToDevice", "DeviceToHost", "DeviceToDevice")
-    assert all(hasattr(cudart.cudaMemcpyKind, f"cudaMemcpy{kind}") for kind in kinds)
-    assert hasattr(cudart.cudaStreamCaptureMode, "cudaStreamCaptureModeThreadLocal")
 
 
 def test_importing_the_runtime_brings_in_neither_cuda_nor_tensorrt(recorded_bundle: Callable[[str], Path]):
