@@ -21,8 +21,9 @@ def build_obstacle(target: Target, machine: Machine, precision: str | None = Non
         return None
     missing = [name for name in LOWERING_MODULES if machine.modules[name].version is None]
     if missing:
-        return f"{' and '.join(missing)} cannot be imported; install them with: pip install 'c2c-export[export]'"
-    if target.module == "onnxruntime":
+        install = "pip install 'c2c-export[build]'" if target.runs_on_onnx_runtime else target.pip
+        return f"{' and '.join(missing)} cannot be imported; install them with: {install}"
+    if target.runs_on_onnx_runtime:
         return None
     obstacle = _module_obstacle(target, machine)
     if obstacle is not None or not target.needs_gpu_to_build:
@@ -32,7 +33,7 @@ def build_obstacle(target: Target, machine: Machine, precision: str | None = Non
 
 def run_obstacle(target: Target, machine: Machine, precision: str | None = None) -> str | None:
     """Why `machine` cannot run engines of `target` (in `precision`, if given), or None where it can."""
-    if target.module == "onnxruntime":
+    if target.runs_on_onnx_runtime:
         obstacle = _onnx_runtime_obstacle(target, machine)
     else:
         obstacle = _module_obstacle(target, machine)
@@ -45,7 +46,7 @@ def run_obstacle(target: Target, machine: Machine, precision: str | None = None)
 
 def record_obstacle(record: EngineRecord, target: Target, machine: Machine) -> str | None:
     """Why `machine`, which runs engines of `target`, cannot run this one, going by how it was built; or None."""
-    if record.build is None or target.module == "onnxruntime":
+    if record.build is None or target.runs_on_onnx_runtime:
         return None
     rebuild = f"build it again: c2c-export build BUNDLE --engine {target.name} --precision {record.precision}"
     built_with, installed = record.build.versions.get(target.module), machine.modules[target.module].version

@@ -8,7 +8,7 @@ which is faster; the order is fixed and written below.
 
 import gc
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -19,7 +19,7 @@ from engines.base import Device, Engine
 from engines.machine import Machine, probe_machine
 from engines.obstacles import record_obstacle, run_obstacle
 from engines.ort.engine import CpuDevice, OrtCpuEngine
-from engines.targets import Target, target_of
+from engines.targets import TARGETS, Target, target_of
 from engines.trt.header import header_problem
 
 AUTO = "auto"
@@ -56,16 +56,17 @@ def open_engine(
 ) -> tuple[EngineChoice, Loaded]:
     """The engine of `bundle` to run, and what `load` made of it.
 
-    `engine` is a target or "auto", `precision` a precision or "auto"; without one it is "fp32" for a named target and
-    "auto" for "auto". Where either is "auto", an engine that cannot run here or whose `load` raises `C2CError` gives
+    `engine` is a target or "auto", `precision` a precision or "auto"; without one it is "fp32" for a named target that
+    has it, else "auto". Where either is "auto", an engine that cannot run here or whose `load` raises `C2CError` gives
     way to the next; what the failed `load` held is freed before. Raises `UsageError` when the bundle has no such
     engine, `C2CError` when it has but none of them can run on this machine; where both are named, what `load` raises.
     `probe` looks at the machine, given the modules that matter; it is called only for engines on GPUs.
     """
-    wanted_precision = precision or (AUTO if engine == AUTO else "fp32")
+    has_float32 = engine not in TARGETS or "fp32" in TARGETS[engine].precisions
+    wanted_precision = precision or ("fp32" if engine != AUTO and has_float32 else AUTO)
     wanted = _wanted(bundle, engine, wanted_precision)
     judge = _Judge(bundle, probe)
-    obstacles: dict[str, None] = {}
+    obstacles: dict[str, list[str]] = {}
     for record in wanted:
         name = f"{record.target} in {record.precision}"
         obstacle = judge.obstacle(record)
@@ -77,12 +78,12 @@ def open_engine(
                     raise
                 obstacle = reason_of(error)
             else:
-                reason = _reason(record, len(wanted), list(obstacles))
+                reason = _reason(record, len(wanted), obstacles)
                 return EngineChoice(record.target, record.precision, record, reason), loaded
             # The error is gone, and with it the frames that held what was loaded; the rest may hang in cycles.
             gc.collect()
-        obstacles[f"{name}: {obstacle}"] = None
-    raise C2CError(f"{bundle.root}: no engine that was asked for can run here: {'; '.join(obstacles)}")
+        obstacles.setdefault(obstacle, []).append(name)
+    raise C2CError(f"{bundle.root}: no engine that was asked for can run here: {_listed(obstacles)}")
 
 
 def new_device(target: str) -> Device:
@@ -179,8 +180,13 @@ def _rank(record: EngineRecord) -> tuple[bool, bool, int, int]:
     )
 
 
-def _reason(record: EngineRecord, num_wanted: int, obstacles: list[str]) -> str:
+def _reason(record: EngineRecord, num_wanted: int, obstacles: Mapping[str, Sequence[str]]) -> str:
     name = f"{record.target} in {record.precision}"
     if obstacles:
-        return f"{name}, as what would be better cannot run here: {'; '.join(obstacles)}"
+        return f"{name}, as what would be better cannot run here: {_listed(obstacles)}"
     return f"{name}, the best of {num_wanted} that were left open" if num_wanted > 1 else f"{name}, as asked for"
+
+
+def _listed(obstacles: Mapping[str, Sequence[str]]) -> str:
+    """Each obstacle once, with the engines that it is in the way of."""
+    return "; ".join(f"{', '.join(names)}: {obstacle}" for obstacle, names in obstacles.items())

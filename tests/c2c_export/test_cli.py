@@ -74,8 +74,8 @@ def plain(text: str) -> str:
         ("doctor", "--json"),
         (
             "build",
-            "--engine --precision --max-batch --compute-capability --prefill-optimum --fuse-optimum --keep-onnx "
-            "--timing-cache --rebuild",
+            "--engine --precision --max-batch --compute-capability --decode-optimum --prefill-optimum "
+            "--fuse-optimum --keep-onnx --timing-cache --rebuild",
         ),
         (
             "generate",

@@ -146,5 +146,7 @@ def test_it_works_where_neither_cuda_nor_tensorrt_nor_the_exporters_libraries_ar
     done = run_doctor(path=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert row_of(done.stdout, "tensorrt-rtx")[2:] == ["no", "1.7.1.116", "no", "no"]
-    assert "onnx and onnx_ir cannot be imported; install them with: pip install 'c2c-export[export]'" in done.stdout
+    assert (
+        "onnx and onnx_ir cannot be imported; install them with: pip install 'c2c-export[tensorrt-rtx]'" in done.stdout
+    )
     assert "cuda-python: not installed" in done.stdout

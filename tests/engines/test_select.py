@@ -229,7 +229,7 @@ def test_what_a_target_needs_to_build():
     assert build_obstacle(rtx, old, "bf16") is None  # built for other GPUs than this one's
     bare = machine(ADA)
     bare.modules["onnx_ir"] = ABSENT
-    assert "c2c-export[export]" in str(build_obstacle(rtx, bare))
+    assert "c2c-export[tensorrt-rtx]" in str(build_obstacle(rtx, bare))
 
 
 def test_a_broken_onnx_runtime_is_an_obstacle_to_both_of_its_targets():
@@ -296,7 +296,10 @@ def test_a_named_engine_that_cannot_be_loaded_is_an_error_and_so_is_none_left(bu
     with pytest.raises(C2CError, match=r"^too little memory for tensorrt\nfree some$"):
         open_engine(bundle, "tensorrt", "fp16", failing_load("tensorrt", "ort-cpu"), probe=found)
     gc.collect()
-    with pytest.raises(C2CError, match=r"no engine .* can run here: tensorrt in fp16: .*; ort-cpu in fp32: too little"):
+    with pytest.raises(
+        C2CError,
+        match=r"no engine .* can run here: tensorrt in fp16: too little memory for tensorrt free some; .*ort-cpu in fp32: too little",
+    ):
         open_engine(bundle, "auto", None, failing_load("tensorrt", "ort-cpu"), probe=found)
 
 
