@@ -13,7 +13,6 @@ import importlib
 import os
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -33,7 +32,7 @@ from c2c_export.bundle import (
 )
 from c2c_export.cache import cache_folder
 from c2c_export.errors import C2CError
-from c2c_export.staging import is_disk_full
+from c2c_export.staging import is_disk_full, partial_folder
 from engines.lowering import LoweredGraph, lower, save_lowered, weights_of
 from engines.targets import Target
 from engines.trt.build import BuildProgress, BuiltEngine, EngineOptions, build_engine
@@ -77,16 +76,12 @@ def build(options: BuildOptions, step: Step, progress: BuildProgress) -> BuildRe
 @contextlib.contextmanager
 def _staging(root: Path, name: str) -> Iterator[Path]:
     """A folder in the bundle that is gone in the end, unless it was renamed. `C2CError` when it cannot be written."""
-    staging = None
     try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=root))
-        yield staging
+        with partial_folder(root, name) as folder:
+            yield folder
     except OSError as error:
         reason = "the disk is full" if is_disk_full(root) else str(error)
         raise C2CError(f"{root}: writing the engines failed: {reason}; nothing was left behind") from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _build_graphs(

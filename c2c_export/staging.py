@@ -7,6 +7,7 @@ import contextlib
 import json
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,19 +23,33 @@ def staged_bundle(output: Path, *, overwrite: bool) -> Iterator[Path]:
     `C2CError` when writing fails, as on a full disk.
     """
     check_output(output, overwrite=overwrite)
+    with contextlib.ExitStack() as stack:
+        try:
+            partial = stack.enter_context(partial_folder(output.parent, output.name))
+        except OSError as error:
+            raise UsageError(f"{output}: cannot write there: {error.strerror}") from error
+        try:
+            yield partial
+            partial.chmod(0o755)
+            _move_into_place(partial, output, overwrite)
+        except OSError as error:
+            reason = "the disk is full" if is_disk_full(output.parent) else str(error)
+            raise C2CError(f"{output}: writing the bundle failed: {reason}; nothing was left behind") from error
+
+
+@contextlib.contextmanager
+def partial_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A new folder in `parent`, hidden and named after `name`, which is gone in the end unless it was renamed.
+
+    Raises `OSError` when it cannot be made.
+    """
+    # Named before it is made: an interrupt in between would else leave it.
+    folder = parent / f".{name}.partial-{uuid.uuid4().hex[:8]}"
     try:
-        partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
-    except OSError as error:
-        raise UsageError(f"{output}: cannot write there: {error.strerror}") from error
-    try:
-        yield partial
-        partial.chmod(0o755)
-        _move_into_place(partial, output, overwrite)
-    except OSError as error:
-        reason = "the disk is full" if is_disk_full(output.parent) else str(error)
-        raise C2CError(f"{output}: writing the bundle failed: {reason}; nothing was left behind") from error
+        folder.mkdir(mode=0o700)
+        yield folder
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_disk_full(folder: Path) -> bool:
