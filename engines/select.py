@@ -157,7 +157,10 @@ def _wanted(bundle: Bundle, engine: str, precision: str) -> list[EngineRecord]:
     ]
     if not wanted:
         listed = ", ".join(dict.fromkeys(f"{record.target}-{record.precision}" for record in available))
-        raise UsageError(f"{bundle.root} has no engine {engine} in {precision}; it has {listed}")
+        asked_for = (
+            "engine" + (f" {engine}" if engine != AUTO else "") + (f" in {precision}" if precision != AUTO else "")
+        )
+        raise UsageError(f"{bundle.root} has no {asked_for}; it has {listed}")
     return sorted(wanted, key=_rank)
 
 
