@@ -12,6 +12,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+from recorded_pairs import each_pair
 
 from c2c_export.build import BuildResult, build
 from c2c_export.build_plan import BuildOptions, check_options, plan_build
@@ -26,7 +27,7 @@ from c2c_export.bundle import (
     write_manifest,
 )
 from c2c_export.errors import C2CError, UsageError
-from engines.lowering import lower
+from engines.lowering import lower, save_lowered
 from engines.machine import probe_module
 from engines.trt.build import EngineOptions, build_engine, decoder_profiles
 from engines.trt.log import error_log
@@ -36,14 +37,6 @@ trt = pytest.importorskip("tensorrt_rtx")
 
 ROOT = Path(__file__).parents[2]
 PAIR = "qwen3_from_qwen2"
-PAIRS = (
-    PAIR,
-    "qwen3_from_llama_aligned",
-    "llama_from_gemma3_aligned",
-    "two_sharers_parallel",
-    "two_sharers_sequential",
-    "gates_closed",
-)
 CAPACITY = 256
 
 # A pair with a receiver's graph only, for what does not depend on the graphs.
@@ -118,7 +111,7 @@ def change(bundle: Path, changed: Callable[[Manifest], Manifest]) -> None:
 # What is built
 
 
-@pytest.mark.parametrize("pair", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in PAIRS])
+@each_pair
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_every_graph_of_every_pair_is_built(
     pair: str, precision: str, recorded_bundle: Callable[[str], Path], tmp_path: Path
@@ -525,7 +518,7 @@ def test_a_real_decoder_is_built_in_fp16(name: str, demo_bundle: Path, tmp_path:
     graph = manifest.receiver_graph if name == "receiver" else manifest.sharers[0].sharer_graph
     assert graph is not None
     lowered = tmp_path / f"{name}.onnx"
-    ir.save(lower(demo_bundle / graph.path, "fp16", is_fuser=False).model, lowered, external_data="weights")
+    save_lowered(lower(demo_bundle / graph.path, "fp16", is_fuser=False), lowered)
     sizes = ProfileSizes(max_batch=8, decode_optimum=1, prefill_optimum=128, fuse_optimum=128)
     profiles = decoder_profiles(graph.inputs, manifest.max_length, sizes)
     engine = build_engine(trt, lowered, tmp_path / "engine", EngineOptions(profiles), Steps())
@@ -542,9 +535,9 @@ def test_a_real_fuser_is_parsed_with_every_input_used_and_every_cache_in_place(d
     graph = read_manifest(demo_bundle).sharers[0].fuser_graph
     assert graph is not None
     lowered = tmp_path / "fuser.onnx"
-    model = lower(demo_bundle / graph.path, "fp16", is_fuser=True).model
-    ir.save(model, lowered, external_data="weights")
+    fuser = lower(demo_bundle / graph.path, "fp16", is_fuser=True)
+    save_lowered(fuser, lowered)
     log = error_log(trt)
-    parsed = parse(trt, trt.Builder(log), log, lowered, GraphNames(model))
-    found = check(trt, parsed.network, expected_layers(model), lowered.name)
+    parsed = parse(trt, trt.Builder(log), log, lowered, GraphNames(fuser.model))
+    found = check(trt, parsed.network, expected_layers(fuser.model), lowered.name)
     assert (found.attention, found.cache_updates, found.rotary) == (0, 60, 0)

@@ -12,23 +12,15 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from recorded_pairs import each_pair
 
 from c2c_export.errors import C2CError
 from engines.precision import DTYPES, lower_precision
 
 Array = np.ndarray[Any, Any]
 FLOAT = ir.DataType.FLOAT
-PAIRS = (
-    "qwen3_from_qwen2",
-    "qwen3_from_llama_aligned",
-    "llama_from_gemma3_aligned",
-    "two_sharers_parallel",
-    "two_sharers_sequential",
-    "gates_closed",
-)
 CAPACITY = 256
 
-each_pair = pytest.mark.parametrize("pair", [pytest.param(p, marks=pytest.mark.xdist_group(p)) for p in PAIRS])
 both_precisions = pytest.mark.parametrize("precision", ["fp16", "bf16"])
 
 

@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from c2c_export.bundle import ProfileRecord, ProfileSizes, TensorSpec, read_manifest
 from c2c_export.errors import C2CError
-from engines.precision import lower_precision
+from engines.lowering import lower, save_lowered
 from engines.trt.build import BuiltEngine, EngineOptions, build_engine, decoder_profiles, fuser_profiles
 
 trt = pytest.importorskip("tensorrt_rtx")
@@ -67,9 +67,7 @@ def decoder_inputs(size: int = 16) -> tuple[TensorSpec, ...]:
 
 
 def lowered_graph(folder: Path, graph: Path) -> Path:
-    model = ir.load(graph)
-    lower_precision(model, "fp16", is_fuser=graph.name.startswith("fuser"))
-    ir.save(model, folder / graph.name, external_data=f"{graph.name}.data")
+    save_lowered(lower(graph, "fp16", is_fuser=graph.name.startswith("fuser")), folder / graph.name)
     return folder / graph.name
 
 

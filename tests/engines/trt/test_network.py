@@ -10,24 +10,17 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from recorded_pairs import each_pair
 
 from c2c_export.bundle import Bundle, LayerCounts, SharerRecord, read_manifest
 from c2c_export.errors import C2CError
+from engines.lowering import lower, save_lowered
 from engines.model_layers import model_layer
-from engines.precision import lower_precision
 from engines.trt.log import error_log
 from engines.trt.network import GraphNames, cache_aliases, check, expected_layers, parse
 
 trt = pytest.importorskip("tensorrt_rtx")
 
-PAIRS = (
-    "qwen3_from_qwen2",
-    "qwen3_from_llama_aligned",
-    "llama_from_gemma3_aligned",
-    "two_sharers_parallel",
-    "two_sharers_sequential",
-    "gates_closed",
-)
 HEADS, ROWS, SIZE = 4, 32, 16
 
 
@@ -44,9 +37,7 @@ def parse_file(path: Path) -> Any:
 
 
 def lower_to(folder: Path, path: Path, precision: str) -> Path:
-    model = ir.load(path)
-    lower_precision(model, precision, is_fuser=path.name.startswith("fuser"))
-    ir.save(model, folder / path.name, external_data=f"{path.name}.data")
+    save_lowered(lower(path, precision, is_fuser=path.name.startswith("fuser")), folder / path.name)
     return folder / path.name
 
 
@@ -81,7 +72,7 @@ def layers_of_a_pair(bundle: Path) -> dict[str, tuple[int, int, int]]:
     return expected
 
 
-@pytest.mark.parametrize("pair", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in PAIRS])
+@each_pair
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_every_layer_of_every_graph_is_native(
     pair: str, precision: str, recorded_bundle: Callable[[str], Path], tmp_path: Path
