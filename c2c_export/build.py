@@ -14,8 +14,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,13 +31,11 @@ from c2c_export.bundle import (
 )
 from c2c_export.cache import cache_folder
 from c2c_export.errors import C2CError
+from c2c_export.progress import Step
 from c2c_export.staging import is_disk_full, partial_folder
 from engines.lowering import LoweredGraph, lower, save_lowered, weights_of
 from engines.targets import Target
 from engines.trt.build import BuildProgress, BuiltEngine, EngineOptions, build_engine
-
-Step = Callable[[str], AbstractContextManager[object]]
-"""Called with a description; the work that it describes is done inside the returned context."""
 
 
 @dataclass(frozen=True)
@@ -91,14 +88,10 @@ def _build_graphs(
     built: dict[str, BuiltGraphRecord] = {}
     files: dict[str, str] = {}
     flags: tuple[str, ...] = ()
-    for name, graph in plan.graphs.items():
+    for name in plan.graphs:
         started = time.perf_counter()
-        with step(f"Lowering {name} to {plan.precision}"):
-            lowered = lower(bundle.file(graph.path), plan.precision, is_fuser=name.startswith("fuser"))
-            onnx_path = staging / f"{name}.onnx"
-            save_lowered(lowered, onnx_path)
-            if options.keep_onnx is not None:
-                _keep(onnx_path, options.keep_onnx)
+        onnx_path = staging / f"{name}.onnx"
+        lowered = _lower(plan, bundle, name, onnx_path, options.keep_onnx, step)
         engine = None
         if not plan.target.runs_on_onnx_runtime:
             with step(f"Building {name} with {plan.target.name}"):
@@ -132,6 +125,19 @@ def _build_graphs(
             graphs=built,
         ),
     )
+
+
+def _lower(
+    plan: BuildPlan, bundle: Bundle, name: str, onnx_path: Path, keep_onnx: Path | None, step: Step
+) -> LoweredGraph:
+    """Lower a graph and write it to `onnx_path`, and a copy into `keep_onnx`, if given."""
+    with step(f"Lowering {name} to {plan.precision}"):
+        portable = bundle.file(plan.graphs[name].path)
+        lowered = lower(portable, plan.precision, is_fuser=name.startswith("fuser"))
+        save_lowered(lowered, onnx_path)
+        if keep_onnx is not None:
+            _keep(onnx_path, keep_onnx)
+    return lowered
 
 
 def _build_engine(
@@ -178,11 +184,8 @@ def _has_single_kernels(target: Target, lowered: LoweredGraph, capacity: int) ->
 def _keep_lowered(plan: BuildPlan, bundle: Bundle, folder: Path, step: Step) -> None:
     """Lower every graph into `folder`, of an engine that need not be built."""
     with _staging(bundle.root, plan.name) as staging:
-        for name, graph in plan.graphs.items():
-            with step(f"Lowering {name} to {plan.precision}"):
-                path = staging / f"{name}.onnx"
-                save_lowered(lower(bundle.file(graph.path), plan.precision, is_fuser=name.startswith("fuser")), path)
-                _keep(path, folder)
+        for name in plan.graphs:
+            _lower(plan, bundle, name, staging / f"{name}.onnx", folder, step)
 
 
 def _keep(onnx_path: Path, folder: Path) -> None:

@@ -34,8 +34,6 @@ _LARGEST_SHARE = 0.6
 """Size of an engine or a lowered graph in that of the float32 graph, at most; docs/architecture.md has the sizes."""
 _KERNEL_BYTES = 10_000_000
 """Kernels in an engine, however small its weights."""
-_LARGEST_TENSOR = 2**31 - 1
-"""Elements of a tensor in TensorRT."""
 _PROFILE_FLAGS = ("max_batch", "decode_optimum", "prefill_optimum", "fuse_optimum")
 
 
@@ -204,12 +202,13 @@ def _check_pair(options: BuildOptions, target: Target, manifest: Manifest) -> No
         refusal = target.refusal(options.precision, head_sizes=[model.head_dim], capacity=manifest.max_length)
         if refusal is not None:
             raise UsageError(f"{options.bundle}: {name} ({model.architecture}): {refusal}")
-        rows = model.num_key_value_heads * model.head_dim * manifest.max_length
-        most = _LARGEST_TENSOR // rows
-        if not target.runs_on_onnx_runtime and (options.max_batch or _DEFAULT_MAX_BATCH) > most:
+        elements = model.num_key_value_heads * model.head_dim * manifest.max_length
+        max_batch = options.max_batch or _DEFAULT_MAX_BATCH
+        if target.max_tensor_elements is not None and max_batch * elements > target.max_tensor_elements:
             raise UsageError(
-                f"--max-batch {options.max_batch or _DEFAULT_MAX_BATCH}: {target.name} holds caches of 2**31 elements, "
-                f"which is {most} requests of {name}'s {rows} elements each; choose a smaller one"
+                f"--max-batch {max_batch}: {target.name} holds caches of {target.max_tensor_elements} elements, "
+                f"which is {target.max_tensor_elements // elements} requests of {name}'s {elements} elements each; "
+                "choose a smaller one"
             )
 
 

@@ -6,8 +6,7 @@ sharer. Not covered: where the folder lies and how it gets into place, see `c2c_
 
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,14 +32,12 @@ from c2c_export.checkpoint import FuserCheckpoint
 from c2c_export.errors import C2CError
 from c2c_export.models import load_weights
 from c2c_export.passes import FUSER_PASSES, RECEIVER_PASSES, Pass, apply_passes, sharer_passes
+from c2c_export.progress import Step
 from c2c_export.source_model import SourceModel
 from c2c_export.tokenizer import BundledTokenizer
 from c2c_export.tokenizer_source import write_tokenizer
 from c2c_export.trace.decoder import trace_decoder
 from c2c_export.trace.fuser import CacheShape, trace_fuser
-
-Step = Callable[[str], AbstractContextManager[object]]
-"""Called with a description; the work that it describes is done inside the returned context."""
 
 _VERSIONED = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "tokenizers")
 

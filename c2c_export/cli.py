@@ -4,25 +4,26 @@ This is the one place where the exporting side and `runtime` meet: the commands 
 the commands that export one import torch and transformers, each only when it runs.
 """
 
-import contextlib
 import io
 import os
 import signal
 import sys
-import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NoReturn, Optional
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 
 from c2c_export import __version__
 from c2c_export.bundle import Bundle, FusionMode
 from c2c_export.errors import C2CError, UsageError
+from c2c_export.progress import show_step
 
 app = typer.Typer(
     help="Export a Cache-to-Cache pair (two LLMs and a trained fuser) to portable ONNX, and run it.",
@@ -273,7 +274,7 @@ def generate(
     ] = "ort-cpu",
     precision: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="The engine's precision, or auto.  [default: fp32; with --engine auto: auto]"),
+        typer.Option(help="The engine's precision, or auto.  [default: fp32 where the engine has it, else auto]"),
     ] = None,
     threads: Annotated[Optional[int], typer.Option(help="Threads per engine.  [default: physical cores]")] = None,  # noqa: UP045
     timings: Annotated[bool, typer.Option("--timings", help="Print timings to stderr.")] = False,
@@ -322,17 +323,8 @@ def _output() -> Console:
     return Console() if sys.stdout.isatty() else Console(width=_UNBOUNDED_WIDTH)
 
 
-@contextlib.contextmanager
-def _step(description: str) -> Iterator[None]:
-    """Show a long step while it runs, and how long it took."""
-    started = time.perf_counter()
-    if _console.is_terminal:
-        with _console.status(description):
-            yield
-    else:
-        _console.print(f"{description} …", highlight=False)
-        yield
-    _console.print(f"{description}: {time.perf_counter() - started:.1f} s", highlight=False)
+def _step(description: str) -> AbstractContextManager[None]:
+    return show_step(_console, description, lambda: _console.status(escape(description)))
 
 
 def _require(*modules: str, extra: str) -> None:

@@ -25,5 +25,10 @@ def reason_of(error: BaseException) -> str:
 
     Not its first line alone: validation errors name the field there and the reason below.
     """
-    line = " ".join(str(error).split()) or type(error).__name__
-    return line if len(line) <= _MAX_REASON else line[:_MAX_REASON] + " …"
+    return one_line(str(error), _MAX_REASON) or type(error).__name__
+
+
+def one_line(text: str, max_length: int) -> str:
+    """`text` in one line, cut to `max_length` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= max_length else line[:max_length] + " …"

@@ -7,8 +7,6 @@ The cache is that of `c2c_export.cache`.
 
 import contextlib
 import functools
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from c2c_export.bundle import sha256_of
 from c2c_export.cache import cache_folder
 from c2c_export.errors import C2CError, reason_of
+from c2c_export.staging import partial_folder
 
 
 def convert_gguf(path: Path) -> Path:
@@ -27,25 +26,25 @@ def convert_gguf(path: Path) -> Path:
     folder = cache_folder() / "gguf" / sha256_of(path)
     if folder.is_dir():
         return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix="partial-", dir=folder.parent))
-    except OSError as error:
-        raise C2CError(
-            f"{folder.parent}: cannot be written ({error.strerror}); set C2C_EXPORT_CACHE to a folder for conversions"
-        ) from error
-    try:
-        _convert(path, partial)
-        partial.chmod(0o755)
+    with contextlib.ExitStack() as stack:
         try:
-            partial.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # otherwise another process converted the same file in the meantime
-                raise
-    except (OSError, SafetensorError) as error:
-        raise C2CError(f"{path}: cannot be converted into {folder.parent}: {error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial = stack.enter_context(partial_folder(folder.parent, folder.name))
+        except OSError as error:
+            raise C2CError(
+                f"{folder.parent}: cannot be written ({error.strerror}); set C2C_EXPORT_CACHE to a folder for "
+                "conversions"
+            ) from error
+        try:
+            _convert(path, partial)
+            partial.chmod(0o755)
+            try:
+                partial.rename(folder)
+            except OSError:
+                if not folder.is_dir():  # otherwise another process converted the same file in the meantime
+                    raise
+        except (OSError, SafetensorError) as error:
+            raise C2CError(f"{path}: cannot be converted into {folder.parent}: {error}") from error
     return folder
 
 

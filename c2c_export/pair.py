@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from c2c_export.bundle import FusionMode
-from c2c_export.bundle_writer import ExportPlan, SourceSharer, Step, write_bundle
+from c2c_export.bundle_writer import ExportPlan, SourceSharer, write_bundle
 from c2c_export.checkpoint import check_fuser_fits, read_fuser
 from c2c_export.errors import C2CError, UsageError
+from c2c_export.progress import Step
 from c2c_export.quiet import quiet_libraries
 from c2c_export.source_model import SourceModel, read_source_model
 from c2c_export.sources import resolve_fuser

@@ -7,15 +7,32 @@ when done and one line per step with its duration; without a terminal, lines onl
 import contextlib
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from types import TracebackType
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+Step = Callable[[str], AbstractContextManager[object]]
+"""Called with a description; the work that it describes is done inside the returned context."""
+
 _MAX_DEPTH = 2
 """Phases nested deeper are not shown: TensorRT reports some thousands of them, each over in an instant."""
+
+
+@contextlib.contextmanager
+def show_step(
+    console: Console, description: str, animation: Callable[[], AbstractContextManager[object]]
+) -> Iterator[None]:
+    """Show a long step while it runs, and how long it took; `animation` makes what moves on a terminal meanwhile."""
+    started = time.perf_counter()
+    if not console.is_terminal:
+        console.print(f"{description} …", highlight=False, markup=False)
+    with animation() if console.is_terminal else contextlib.nullcontext():
+        yield
+    console.print(f"{description}: {time.perf_counter() - started:.1f} s", highlight=False, markup=False)
 
 
 class BuildDisplay:
@@ -42,18 +59,17 @@ class BuildDisplay:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._progress.stop()
 
+    def step(self, description: str) -> AbstractContextManager[None]:
+        """See `show_step`."""
+        return show_step(self._console, description, lambda: self._bar(description))
+
     @contextlib.contextmanager
-    def step(self, description: str) -> Iterator[None]:
-        """Show a step while it runs, and how long it took."""
-        started = time.perf_counter()
-        if not self._console.is_terminal:
-            self._console.print(f"{description} …", highlight=False, markup=False)
+    def _bar(self, description: str) -> Iterator[None]:
         task = self._progress.add_task(escape(description), total=None)
         try:
             yield
         finally:
             self._progress.remove_task(task)
-        self._console.print(f"{description}: {time.perf_counter() - started:.1f} s", highlight=False, markup=False)
 
     def phase_started(self, phase: str, parent: str | None, num_steps: int) -> None:
         """See `BuildProgress`."""

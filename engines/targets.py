@@ -6,7 +6,7 @@ never tried, so its numbers are those of TensorRT for RTX, which has the same pa
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from c2c_export.errors import UsageError
 
@@ -35,7 +35,7 @@ class FusedAttention:
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Target:
     """A backend and what it takes. Compute capabilities are written "8.9"."""
 
@@ -52,15 +52,17 @@ class Target:
     """Whether `c2c-export build` writes engines for it; else it runs the portable graphs."""
     needs_gpu_to_build: bool
     needs_gpu_to_run: bool
-    compute_capabilities: tuple[str, ...]
+    compute_capabilities: tuple[str, ...] = ()
     """GPUs that it serves; empty for any."""
-    default_compute_capabilities: tuple[str, ...]
+    default_compute_capabilities: tuple[str, ...] = ()
     """Which of them an engine serves when none are asked for."""
-    precision_capability: dict[str, str]
+    precision_capability: dict[str, str] = field(default_factory=dict)
     """The lowest compute capability with kernels of a precision, where that is not the target's lowest."""
     max_head_size: int
     max_capacity: int
-    fused_attention: FusedAttention | None
+    fused_attention: FusedAttention | None = None
+    max_tensor_elements: int | None = None
+    """Of a cache of all requests; None where nothing but memory limits it."""
     known_limits: tuple[str, ...]
 
     @property
@@ -170,12 +172,8 @@ TARGETS: dict[str, Target] = {
             builds=False,
             needs_gpu_to_build=False,
             needs_gpu_to_run=False,
-            compute_capabilities=(),
-            default_compute_capabilities=(),
-            precision_capability={},
             max_head_size=1024,
             max_capacity=131072,
-            fused_attention=None,
             known_limits=("Attention costs what the capacity costs, not what the length costs",),
         ),
         Target(
@@ -188,12 +186,8 @@ TARGETS: dict[str, Target] = {
             builds=True,
             needs_gpu_to_build=False,
             needs_gpu_to_run=True,
-            compute_capabilities=(),
-            default_compute_capabilities=(),
-            precision_capability={},
             max_head_size=1024,
             max_capacity=131072,
-            fused_attention=None,
             known_limits=(
                 "never executed by this project; operators without a CUDA kernel are run on the CPU, with copies",
                 "onnxruntime and onnxruntime-gpu are one module: installing both breaks it",
@@ -210,11 +204,11 @@ TARGETS: dict[str, Target] = {
             needs_gpu_to_build=True,
             needs_gpu_to_run=True,
             compute_capabilities=("7.5", "8.0", "8.6", "8.7", "8.9", "9.0", "10.0", "10.3", "12.0", "12.1"),
-            default_compute_capabilities=(),
             precision_capability={"bf16": "8.0"},
             max_head_size=1024,
             max_capacity=131072,
             fused_attention=FusedAttention(),
+            max_tensor_elements=2**31 - 1,
             known_limits=(
                 "never tried by this project: it needs a GPU, and NVIDIA's package index",
                 "an engine runs on the GPU model and with the version that built it",
@@ -238,6 +232,7 @@ TARGETS: dict[str, Target] = {
             max_head_size=1024,
             max_capacity=131072,
             fused_attention=FusedAttention(),
+            max_tensor_elements=2**31 - 1,
             known_limits=(
                 "an engine serves every RTX GPU from compute capability 8.0 on, or those it was asked for; 7.5 only "
                 "when asked for, and without bf16, int8 and int4 (NVIDIA's support matrix)",

@@ -71,8 +71,8 @@ class C2CPipeline:
         """Open the bundle at `path` and load its engine of that name and precision.
 
         `engine="auto"` takes the best engine of the bundle that this machine can run and load; `engine_choice` says
-        which and why. `precision` may be "auto" too, which is what it is by default for "auto"; for a named engine it
-        is "fp32". `num_slots` is how many sessions may be open at once; their caches are allocated here and take memory
+        which and why. `precision` may be "auto" too; by default it is "fp32" for a named engine that has it, else
+        "auto". `num_slots` is how many sessions may be open at once; their caches are allocated here and take memory
         when used (on a GPU at once). `num_threads` per engine on the CPU defaults to the physical cores. Raises
         `BundleError` when a file of the bundle is missing or changed, `UsageError` when it has no such engine,
         `C2CError` when it has and this machine cannot run it.

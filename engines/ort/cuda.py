@@ -83,7 +83,7 @@ def provider_options(stream_address: int) -> dict[str, str]:
     return {
         "device_id": "0",
         "user_compute_stream": str(stream_address),
-        # fp32 is float32: TensorFloat-32, on by default, has 11 bits, and a rotary angle in it is off by radians.
+        # fp32 is float32; TensorFloat-32, on by default, has 11 bits.
         "use_tf32": "0",
     }
 

@@ -22,7 +22,7 @@ from typing import Any
 import onnx_ir as ir
 
 from c2c_export.bundle import LayerCounts
-from c2c_export.errors import C2CError
+from c2c_export.errors import C2CError, one_line
 from engines.model_layers import model_layer
 
 _PAST = "past_"
@@ -143,8 +143,7 @@ def allow_several_attention_kernels(trt: Any, network: Any) -> None:
 
 def shorten(text: str) -> str:
     """TensorRT's reason in one line, without the addresses of its source files, cut to some hundred characters."""
-    line = " ".join(re.sub(r"\(?\[?[\w/.]+\.(cpp|h|cc)\b[^\s\])]*\]?\)?", " ", text).split())
-    return line if len(line) <= _MAX_REASON else line[:_MAX_REASON] + " …"
+    return one_line(re.sub(r"\(?\[?[\w/.]+\.(cpp|h|cc)\b[^\s\])]*\]?\)?", " ", text), _MAX_REASON)
 
 
 def _strongly_typed(trt: Any) -> int:
