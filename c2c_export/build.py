@@ -20,6 +20,7 @@ from pathlib import Path
 
 from c2c_export.build_plan import BuildOptions, BuildPlan, check_options, plan_build
 from c2c_export.bundle import (
+    GRAPHS,
     BuildRecord,
     BuiltGraphRecord,
     Bundle,
@@ -47,11 +48,12 @@ class BuildResult:
     built: bool
 
 
-def build(options: BuildOptions, step: Step, progress: BuildProgress) -> BuildResult:
+def build(options: BuildOptions, step: Step, progress: BuildProgress | None = None) -> BuildResult:
     """Build every graph of a bundle for one target and precision, and add the engine to the manifest.
 
-    Raises `UsageError` for what the target cannot do and `C2CError` for what failed or what the machine lacks, and
-    passes on `KeyboardInterrupt`.
+    `progress` is told how TensorRT gets on; ONNX Runtime's engines need none. Raises `UsageError` for
+    what the target cannot do and `C2CError` for what failed or what the machine lacks, and passes on
+    `KeyboardInterrupt`.
     """
     target = check_options(options)
     with step("Reading the bundle"):
@@ -82,7 +84,7 @@ def _staging(root: Path, name: str) -> Iterator[Path]:
 
 
 def _build_graphs(
-    plan: BuildPlan, bundle: Bundle, staging: Path, options: BuildOptions, step: Step, progress: BuildProgress
+    plan: BuildPlan, bundle: Bundle, staging: Path, options: BuildOptions, step: Step, progress: BuildProgress | None
 ) -> EngineRecord:
     """Build every graph into `staging`, which holds nothing but the engine's files afterwards."""
     built: dict[str, BuiltGraphRecord] = {}
@@ -106,6 +108,7 @@ def _build_graphs(
             quantized_weights=lowered.quantized_weights,
             float_weights=lowered.float_weights,
             casts=lowered.casts,
+            rules=dict(lowered.rules),
             layers=None if engine is None else engine.layers,
             single_attention_kernels=engine is None or engine.single_attention_kernels,
             cache_aliases={} if engine is None else engine.cache_aliases,
@@ -115,6 +118,7 @@ def _build_graphs(
         target=plan.target.name,
         precision=plan.precision,
         graphs={name: engine_prefix(plan.name) + file for name, file in files.items()},
+        weights_folder=GRAPHS if plan.shares_weights else None,
         build=BuildRecord(
             compute_capabilities=plan.compute_capabilities,
             gpu=plan.gpu,
@@ -133,10 +137,10 @@ def _lower(
     """Lower a graph and write it to `onnx_path`, and a copy into `keep_onnx`, if given."""
     with step(f"Lowering {name} to {plan.precision}"):
         portable = bundle.file(plan.graphs[name].path)
-        lowered = lower(portable, plan.precision, is_fuser=name.startswith("fuser"))
-        save_lowered(lowered, onnx_path)
+        lowered = lower(portable, plan.target.name, plan.precision, is_fuser=name.startswith("fuser"))
+        save_lowered(lowered, onnx_path, own_weights=not plan.shares_weights)
         if keep_onnx is not None:
-            _keep(onnx_path, keep_onnx)
+            _keep(onnx_path, weights_of(portable if plan.shares_weights else onnx_path), keep_onnx)
     return lowered
 
 
@@ -146,8 +150,9 @@ def _build_engine(
     lowered: LoweredGraph,
     onnx_path: Path,
     timing_cache: Path | None,
-    progress: BuildProgress,
+    progress: BuildProgress | None,
 ) -> BuiltEngine:
+    assert progress is not None, "a target that takes minutes to build reports its progress"
     options = EngineOptions(
         plan.profiles(name),
         plan.compute_capabilities,
@@ -188,11 +193,11 @@ def _keep_lowered(plan: BuildPlan, bundle: Bundle, folder: Path, step: Step) -> 
             _lower(plan, bundle, name, staging / f"{name}.onnx", folder, step)
 
 
-def _keep(onnx_path: Path, folder: Path) -> None:
+def _keep(onnx_path: Path, weights: Path, folder: Path) -> None:
     """Copy a lowered graph and its weights into `folder`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for file in (onnx_path, weights_of(onnx_path)):
+        for file in (onnx_path, weights):
             shutil.copy2(file, folder / file.name)
     except OSError as error:
         raise C2CError(f"--keep-onnx {folder}: cannot be written: {error.strerror}") from error

@@ -85,6 +85,11 @@ class BuildPlan:
     versions: dict[str, str]
     sources: dict[str, str]
 
+    @property
+    def shares_weights(self) -> bool:
+        """Whether the lowered graphs read the weights of the portable graphs, rather than own ones."""
+        return self.target.runs_on_onnx_runtime and self.precision == "fp32"
+
     def equals(self, record: EngineRecord) -> bool:
         """Whether `record` is of an engine that this plan would build again."""
         done = record.build
@@ -103,7 +108,7 @@ class BuildPlan:
     def check_disk(self, root: Path) -> None:
         """Raise `C2CError` where the disk cannot hold the engines and, meanwhile, the largest lowered graph."""
         sizes = [graph.num_bytes for graph in self.graphs.values()]
-        needed = int((sum(sizes) + max(sizes)) * _LARGEST_SHARE)
+        needed = 0 if self.shares_weights else int((sum(sizes) + max(sizes, default=0)) * _LARGEST_SHARE)
         if not self.target.runs_on_onnx_runtime:
             needed += len(sizes) * _KERNEL_BYTES
         free = shutil.disk_usage(root).free
@@ -120,9 +125,7 @@ def check_options(options: BuildOptions) -> Target:
     Raises `UsageError` naming the option.
     """
     target = target_of(options.target)
-    if not target.builds:
-        raise UsageError(f"{target.name} runs the portable graphs as they are; there is nothing to build")
-    if target.runs_on_onnx_runtime and options.precision == "fp32":
+    if target.needs_gpu_to_run and target.runs_on_onnx_runtime and options.precision == "fp32":
         raise UsageError(f"{target.name} in fp32 runs the portable graphs as they are; there is nothing to build")
     for name in _PROFILE_FLAGS:
         size = getattr(options, name)

@@ -13,7 +13,7 @@ size, V vocabulary, N fused tokens. Nothing here imports torch or transformers.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
@@ -27,6 +27,7 @@ from c2c_export.tokenizer import CHAT_TEMPLATE_NAME, SPECIAL_TOKENS_NAME, TOKENI
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 ENGINES = "engines/"
+GRAPHS = "graphs"
 
 FusionMode = Literal["parallel", "sequential"]
 AlignmentStrategy = Literal["first", "longest"]
@@ -166,6 +167,8 @@ class BuiltGraphRecord(Record):
     """Of those precisions: matrices whose shape does not allow integers."""
     casts: int
     """Casts that lowering the precision inserted."""
+    rules: dict[str, int] = {}
+    """How often each rewrite rule of the target applied, by name."""
     layers: LayerCounts | None
     """Found in the parsed network. None for ONNX Runtime."""
     single_attention_kernels: bool
@@ -197,23 +200,16 @@ class EngineRecord(Record):
     target: str
     precision: str
     graphs: dict[str, BundlePath]
+    weights_folder: BundlePath | None = None
+    """Where the graphs' weights lie, if not beside them: an engine in fp32 shares those of the portable graphs."""
     check: dict[str, float] | None = None
     build: BuildRecord | None = None
-    """None where the portable graphs themselves are run."""
+    """None where the portable graphs themselves are run, as ONNX Runtime does on a GPU in fp32."""
 
 
 def engine_prefix(name: str) -> str:
     """What the paths of a built engine's files begin with."""
     return f"{ENGINES}{name}/"
-
-
-def graphs_of(receiver: GraphRecord, sharers: Sequence[SharerRecord]) -> dict[str, GraphRecord]:
-    """The portable graphs that an engine is made of, by the names that engines call them."""
-    graphs = {"receiver": receiver}
-    for number, sharer in enumerate(sharers):
-        if sharer.sharer_graph is not None and sharer.fuser_graph is not None:
-            graphs |= {f"sharer{number}": sharer.sharer_graph, f"fuser{number}": sharer.fuser_graph}
-    return graphs
 
 
 class Manifest(Record):
@@ -243,7 +239,11 @@ class Manifest(Record):
     @property
     def graphs(self) -> dict[str, GraphRecord]:
         """The portable graphs that an engine is made of, by the names that engines call them."""
-        return graphs_of(self.receiver_graph, self.sharers)
+        graphs = {"receiver": self.receiver_graph}
+        for number, sharer in enumerate(self.sharers):
+            if sharer.sharer_graph is not None and sharer.fuser_graph is not None:
+                graphs |= {f"sharer{number}": sharer.sharer_graph, f"fuser{number}": sharer.fuser_graph}
+        return graphs
 
     @model_validator(mode="after")
     def _engines_are_complete(self) -> Self:

@@ -16,15 +16,14 @@ import onnx_ir as ir
 from c2c_export import __version__
 from c2c_export.alignment import compile_alignment
 from c2c_export.bundle import (
+    GRAPHS,
     SCHEMA_VERSION,
-    EngineRecord,
     FusionMode,
     GraphRecord,
     LayerLink,
     Manifest,
     SharerRecord,
     TensorSpec,
-    graphs_of,
     hash_folder,
     write_manifest,
 )
@@ -72,12 +71,11 @@ def write_bundle(root: Path, plan: ExportPlan, step: Step) -> None:
 
     Raises `C2CError` when weights are broken or the disk is too small, `OSError` when writing fails.
     """
-    for name in ("graphs", "alignment", "tokenizers"):
+    for name in (GRAPHS, "alignment", "tokenizers"):
         (root / name).mkdir()
     _write_tokenizers(root, plan, step)
     receiver_graph = _export_decoder(root, "receiver", plan.receiver, RECEIVER_PASSES, plan.max_length, step)
     records = [_export_sharer(root, number, plan, step) for number in range(len(plan.sharers))]
-    graphs = {name: graph.path for name, graph in graphs_of(receiver_graph, records).items()}
     with step("Hashing the bundle"):
         manifest = Manifest(
             schema_version=SCHEMA_VERSION,
@@ -89,8 +87,7 @@ def write_bundle(root: Path, plan: ExportPlan, step: Step) -> None:
             receiver=plan.receiver.record,
             receiver_graph=receiver_graph,
             sharers=tuple(records),
-            # ONNX Runtime's CPU provider runs the portable graphs themselves
-            engines={"ort-cpu-fp32": EngineRecord(target="ort-cpu", precision="fp32", graphs=graphs)},
+            engines={},
             files=hash_folder(root),
         )
         write_manifest(root, manifest)
@@ -182,7 +179,7 @@ def _save_graph(root: Path, name: str, graph: ir.Model, passes: Sequence[tuple[s
             f"{root.parent}: the disk is full: the {name} graph needs {num_bytes / 1e9:.2f} GB, "
             f"{free / 1e9:.2f} GB are free; nothing was left behind"
         )
-    relative = f"graphs/{name}.onnx"
+    relative = f"{GRAPHS}/{name}.onnx"
     ir.save(graph, root / relative, external_data=f"{name}.onnx.data")
     return GraphRecord(
         path=relative,

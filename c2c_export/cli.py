@@ -148,7 +148,7 @@ def pair(
 @app.command()
 def build(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder; the engines are added to it.")],
-    engine: Annotated[str, typer.Option(help="What to build for: tensorrt-rtx, tensorrt or ort-cuda.")],
+    engine: Annotated[str, typer.Option(help="What to build for: ort-cpu, tensorrt-rtx, tensorrt or ort-cuda.")],
     precision: Annotated[
         str,
         typer.Option(help="Number format: fp16 or bf16; int8 or int4 for weights in integers and the rest in fp16."),
@@ -194,7 +194,7 @@ def build(
     tensorrt-rtx builds on any machine, for any RTX GPU. tensorrt builds on the GPU machine, for its GPU. What a target
     refuses is checked first; `c2c-export doctor` lists it. Ctrl-C stops a build and leaves the bundle as it was.
     """
-    _require("onnx", "onnx_ir", extra=engine if engine in ("tensorrt", "tensorrt-rtx") else "build")
+    _require("onnx", "onnx_ir", "onnxscript", extra=engine if engine in ("tensorrt", "tensorrt-rtx") else "build")
     from c2c_export.build import build as build_engines
     from c2c_export.build_plan import BuildOptions
     from c2c_export.progress import BuildDisplay

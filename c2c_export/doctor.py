@@ -30,8 +30,6 @@ class TargetReport:
     """The module's version here."""
     tried: str | None
     """The version that this project was tried with."""
-    builds: bool
-    """False for the target that runs the portable graphs: there is nothing to build."""
     build_obstacle: str | None
     run_obstacle: str | None
     takes: str
@@ -70,9 +68,13 @@ def print_report(report: Report, console: Console) -> None:
     for header in ("target", "module", "installed", "tried", "build", "run"):
         table.add_column(header, no_wrap=True)
     for name, target in report.targets.items():
-        build = _verdict(target.build_obstacle) if target.builds else "–"
         table.add_row(
-            name, target.module, target.installed or "no", target.tried or "never", build, _verdict(target.run_obstacle)
+            name,
+            target.module,
+            target.installed or "no",
+            target.tried or "never",
+            _verdict(target.build_obstacle),
+            _verdict(target.run_obstacle),
         )
     for line in _machine_lines(report):
         console.print(Text(line), soft_wrap=True)
@@ -86,7 +88,6 @@ def _examine_target(target: Target, machine: Machine) -> TargetReport:
         module=target.module,
         installed=machine.modules[target.module].version,
         tried=target.version_tried,
-        builds=target.builds,
         build_obstacle=build_obstacle(target, machine),
         run_obstacle=run_obstacle(target, machine),
         takes=target.summary,

@@ -1,13 +1,16 @@
 """`c2c-export pair`: two or more language models and their fusers in, a bundle out.
 
 What can be checked without tracing is checked first: options, configurations, tokenizers, templates, the fusers whole,
-the models' weight files. Then `c2c_export.bundle_writer` fills the bundle, beside its final place.
+the models' weight files. Then `c2c_export.bundle_writer` fills the bundle, beside its final place, and
+`c2c_export.build` adds the engine for the CPU.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from c2c_export.build import build
+from c2c_export.build_plan import BuildOptions
 from c2c_export.bundle import FusionMode
 from c2c_export.bundle_writer import ExportPlan, SourceSharer, write_bundle
 from c2c_export.checkpoint import check_fuser_fits, read_fuser
@@ -20,6 +23,8 @@ from c2c_export.staging import check_output, staged_bundle
 
 _MIN_LENGTH = 16
 _DEFAULT_LENGTH = 2048
+_EMBEDDED = ("ort-cpu", "fp32")
+"""The engine that every bundle has."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ def export_pair(options: PairOptions, step: Step) -> Path:
             plan = _plan(options)
         with staged_bundle(options.output, overwrite=options.overwrite) as folder:
             write_bundle(folder, plan, step)
+            build(BuildOptions(folder, *_EMBEDDED), step)
     return options.output
 
 

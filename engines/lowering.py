@@ -1,10 +1,11 @@
-"""From a portable graph to the graph that an engine is built from: quantised, retyped, saved.
+"""From a portable graph to the graph that an engine is built from: rewritten, quantised, retyped, saved.
 
-In: a portable graph's file and a precision. Out: a `LoweredGraph`, and its file with the weights beside it. What each
-step does is in `engines.quantize` and `engines.precision`.
+In: a portable graph's file, a target and a precision. Out: a `LoweredGraph`, and its file with the weights beside it.
+What each step does is in `engines.quantize` and `engines.precision` for GPUs, in `engines.ort` for the CPU.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -23,14 +24,21 @@ class LoweredGraph:
     float_weights: int
     """Of those precisions: matrices that stay in float16, as their shape does not allow integers."""
     casts: int
+    rules: Mapping[str, int] = field(default_factory=dict)
+    """How often each rewrite rule applied, by name."""
 
 
-def lower(path: Path, precision: str, *, is_fuser: bool) -> LoweredGraph:
-    """The portable graph at `path` in "fp16" or "bf16", or with "int8" or "int4" weights and the rest in fp16.
+def lower(path: Path, target: str, precision: str, *, is_fuser: bool) -> LoweredGraph:
+    """The portable graph at `path`, lowered for `target`.
 
-    Raises `C2CError` naming a weight that does not fit into the precision.
+    For the CPU with ONNX Runtime's own operators, in "fp32", or with "int8" or "int4" weights and the rest in fp32.
+    For GPUs in "fp16" or "bf16", or with "int8" or "int4" weights and the rest in fp16.
+
+    Raises `C2CError` naming a weight that does not fit into the precision, or a layer that no rule covers.
     """
     model = ir.load(path)
+    if target == "ort-cpu":
+        return _lower_for_cpu(model, is_fuser=is_fuser)
     quantized = kept = 0
     if precision in ("int8", "int4"):
         quantized = quantize_weights(model, "int8" if precision == "int8" else "int4")
@@ -39,9 +47,22 @@ def lower(path: Path, precision: str, *, is_fuser: bool) -> LoweredGraph:
     return LoweredGraph(model, quantized, kept, lower_precision(model, precision, is_fuser=is_fuser))
 
 
-def save_lowered(lowered: LoweredGraph, path: Path) -> None:
-    """Write the graph to `path` and its weights to `weights_of(path)`, whatever their size."""
-    ir.save(lowered.model, path, external_data=weights_of(path).name)
+def _lower_for_cpu(model: ir.Model, *, is_fuser: bool) -> LoweredGraph:
+    # Only this target needs onnxscript.
+    from engines.ort.lower import lower_decoder
+    from engines.ort.lower_fuser import lower_fuser
+
+    rules = lower_fuser(model) if is_fuser else lower_decoder(model)
+    return LoweredGraph(model, quantized_weights=0, float_weights=0, casts=0, rules=rules)
+
+
+def save_lowered(lowered: LoweredGraph, path: Path, *, own_weights: bool = True) -> None:
+    """Write the graph to `path` and its weights to `weights_of(path)`, whatever their size.
+
+    Without `own_weights`, the graph refers by name and offset to the file of the portable graph's weights, which is not
+    copied.
+    """
+    ir.save(lowered.model, path, external_data=weights_of(path).name if own_weights else None)
 
 
 def weights_of(onnx_path: Path) -> Path:

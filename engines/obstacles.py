@@ -8,17 +8,12 @@ from c2c_export.bundle import EngineRecord
 from engines.machine import CUDA_PROVIDER, Gpu, Machine
 from engines.targets import Target, capability_number
 
-LOWERING_MODULES = ("onnx", "onnx_ir")
+LOWERING_MODULES = ("onnx", "onnx_ir", "onnxscript")
 """What every build reads and writes graphs with; the runtime does without."""
 
 
 def build_obstacle(target: Target, machine: Machine, precision: str | None = None) -> str | None:
-    """Why `machine` cannot build engines of `target` (in `precision`, if given).
-
-    None where it can, or nothing is to be built.
-    """
-    if not target.builds:
-        return None
+    """Why `machine` cannot build engines of `target` (in `precision`, if given), or None where it can."""
     missing = [name for name in LOWERING_MODULES if machine.modules[name].version is None]
     if missing:
         install = "pip install 'c2c-export[build]'" if target.runs_on_onnx_runtime else target.pip

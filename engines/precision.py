@@ -96,10 +96,12 @@ class _Retyping:
             self._residuals.add(node.outputs[0])
             return True
         if not self._residuals.isdisjoint(_float_inputs(node)):
-            if node.op_type == "RMSNormalization":
-                # onnx's type inference wants a norm's input, weight and output in one type.
+            # The choice of the last token's row is that row; and onnx's type inference wants a norm's input, weight
+            # and output in one type.
+            stays = node.op_type in ("RMSNormalization", "GatherElements")
+            if stays:
                 self._residuals.update(node.outputs)
-            return node.op_type == "RMSNormalization"
+            return stays
         # What is computed from positions and constants alone is an angle.
         return is_float32 and node.op_type != "RotaryEmbedding"
 

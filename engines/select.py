@@ -24,8 +24,6 @@ from engines.trt.header import header_problem
 
 AUTO = "auto"
 ORT_CPU, ORT_CUDA, TENSORRT, TENSORRT_RTX = "ort-cpu", "ort-cuda", "tensorrt", "tensorrt-rtx"
-_PORTABLE = "ort-cpu-fp32"
-"""The engine that is the portable graphs themselves, which ONNX Runtime runs on a GPU as well."""
 
 # Built and timed on the GPU itself; built for GPUs of its kind; the portable graphs; the host.
 _TARGET_ORDER = (TENSORRT, TENSORRT_RTX, ORT_CUDA, ORT_CPU)
@@ -100,13 +98,15 @@ def new_device(target: str) -> Device:
     return CudaDevice()
 
 
-def load_engine(target: str, path: Path, device: Device, num_threads: int | None) -> Engine:
-    """Load a graph's file at `path` for `target` on `device`; `num_threads` is for the CPU.
+def load_engine(
+    target: str, path: Path, device: Device, num_threads: int | None, weights_folder: Path | None = None
+) -> Engine:
+    """Load a graph's file at `path` for `target` on `device`; `num_threads` and `weights_folder` are for the CPU.
 
     Raises `C2CError` naming the file when it cannot be loaded.
     """
     if target == ORT_CPU:
-        return OrtCpuEngine(path, num_threads, device)
+        return OrtCpuEngine(path, num_threads, device, weights_folder)
     from engines.cuda import CudaDevice
 
     assert isinstance(device, CudaDevice)
@@ -167,10 +167,9 @@ def _wanted(bundle: Bundle, engine: str, precision: str) -> list[EngineRecord]:
 def _available(bundle: Bundle) -> Iterator[EngineRecord]:
     engines = bundle.manifest.engines
     yield from engines.values()
-    if _PORTABLE in engines and not any(
-        (record.target, record.precision) == (ORT_CUDA, "fp32") for record in engines.values()
-    ):
-        yield engines[_PORTABLE].model_copy(update={"target": ORT_CUDA, "check": None})
+    # On a GPU, ONNX Runtime runs the portable graphs themselves.
+    portable = {name: graph.path for name, graph in bundle.manifest.graphs.items()}
+    yield EngineRecord(target=ORT_CUDA, precision="fp32", graphs=portable)
 
 
 def _rank(record: EngineRecord) -> tuple[bool, bool, int, int]:

@@ -13,6 +13,7 @@ from c2c_export.passes.fuse_rms_norms import fuse_rms_norms
 from c2c_export.passes.fuse_rotary import fuse_rotary
 from c2c_export.passes.prune_sharer import CacheName, prune_sharer
 from c2c_export.passes.remove_unused import remove_unused
+from c2c_export.passes.select_last_token import select_last_token
 from c2c_export.passes.share_equal_nodes import share_equal_nodes
 
 Pass = Callable[[ir.Model], int]
@@ -20,6 +21,7 @@ Pass = Callable[[ir.Model], int]
 RECEIVER_PASSES: Sequence[tuple[str, Pass]] = (
     ("fuse_rms_norms", fuse_rms_norms),
     ("fuse_rotary", fuse_rotary),
+    ("select_last_token", select_last_token),
     ("share_equal_nodes", share_equal_nodes),
     ("remove_unused", remove_unused),
 )

@@ -28,6 +28,7 @@ _DTYPES = {
     "tensor(int64)": "int64",
     "tensor(bool)": "bool",
 }
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; numpy has no such type to pass
 
 
@@ -116,12 +117,26 @@ class OrtEngine(Engine):
     """A graph on one of ONNX Runtime's execution providers."""
 
     def __init__(
-        self, path: Path, device: Device, providers: list[Any], options: ort.SessionOptions, run_options: ort.RunOptions
+        self,
+        path: Path,
+        device: Device,
+        providers: list[Any],
+        options: ort.SessionOptions,
+        run_options: ort.RunOptions,
+        weights_folder: Path | None = None,
     ) -> None:
-        """Load the graph at `path`. Raises `C2CError` naming the graph when ONNX Runtime cannot load it."""
+        """Load the graph at `path`, whose weights lie beside it, or else in `weights_folder`.
+
+        Raises `C2CError` naming the graph when ONNX Runtime cannot load it.
+        """
         options.log_severity_level = 3
+        graph: str | bytes = str(path)
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=providers)
+            if weights_folder is not None:
+                # ONNX Runtime looks for weights elsewhere only where the graph does not come from a file.
+                options.add_session_config_entry(_WEIGHTS_FOLDER, str(weights_folder))
+                graph = path.read_bytes()
+            self._session = ort.InferenceSession(graph, options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
             raise C2CError(f"{path}: ONNX Runtime {ort.__version__} cannot load this graph: {error}") from error
         self._run_options = run_options
@@ -147,16 +162,24 @@ class OrtEngine(Engine):
 class OrtCpuEngine(OrtEngine):
     """A graph on ONNX Runtime's CPU provider."""
 
-    def __init__(self, path: Path, num_threads: int | None = None, device: Device | None = None) -> None:
-        """Load the graph at `path`; `num_threads` defaults to the machine's physical cores.
+    def __init__(
+        self,
+        path: Path,
+        num_threads: int | None = None,
+        device: Device | None = None,
+        weights_folder: Path | None = None,
+    ) -> None:
+        """Load the graph at `path`, whose weights lie beside it, or else in `weights_folder`.
 
-        Raises `C2CError` naming the graph when ONNX Runtime cannot load it.
+        `num_threads` defaults to the machine's physical cores. Raises `C2CError` naming the graph when ONNX Runtime
+        cannot load it.
         """
         options = ort.SessionOptions()
         options.intra_op_num_threads = num_threads or 0
         # Products with integer weights become MatMulNBits, which by default would round the activations to int8 too.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
-        super().__init__(path, device or CpuDevice(), ["CPUExecutionProvider"], options, ort.RunOptions())
+        providers = ["CPUExecutionProvider"]
+        super().__init__(path, device or CpuDevice(), providers, options, ort.RunOptions(), weights_folder)
 
 
 def bind_input(prepared: ort.IOBinding, name: str, view: View) -> None:

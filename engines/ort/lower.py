@@ -1,0 +1,66 @@
+"""Lower a portable decoder for ONNX Runtime's CPU provider: its own attention operator, over the same buffers.
+
+In: a portable receiver or sharer graph, float32. Out: the same graph, changed in place, and how often each rule
+applied. What a rule should have matched and did not is an error of the build, not a slow engine. Fusers are lowered in
+`engines.ort.lower_fuser`; integer weights come after, see `engines.ort.quantize`.
+"""
+
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript.rewriter import RewriteRule, RewriteRuleSet
+
+from c2c_export.errors import C2CError
+from engines.model_layers import model_layer
+from engines.ort.attention_rule import DOMAIN, FuseAttention, RowsInUse
+from engines.ort.layout_rules import HEADS_FIRST, NORM_RULE, RESHAPE_RULE, ROTARY_RULE, TRANSPOSE_RULES
+
+_DOMAIN_VERSION = 1
+
+
+def lower_decoder(model: ir.Model) -> dict[str, int]:
+    """Lower `model` in place; return how often each rule applied, by name.
+
+    Raises `C2CError` naming the layer where an attention, a norm or a rotation was not matched.
+    """
+    model.opset_imports[DOMAIN] = _DOMAIN_VERSION
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    # Nodes that an earlier rule wrote carry no shapes.
+    common.ShapeInferencePass()(model)
+    attentions = sum(node.op_type == "Attention" for node in model.graph)
+    counts = {"norm_before_transpose": _apply(model, NORM_RULE), "rotary_before_transpose": _apply(model, ROTARY_RULE)}
+    if attentions:
+        counts["fuse_attention"] = _apply(model, FuseAttention.rule(RowsInUse(model.graph)))
+    common.ShapeInferencePass()(model)
+    counts["remove_transposes"] = _apply(model, *TRANSPOSE_RULES)
+    common.IdentityEliminationPass()(model)
+    common.ShapeInferencePass()(model)
+    counts["remove_reshapes"] = _apply(model, RESHAPE_RULE)
+    common.IdentityEliminationPass()(model)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    _check(model.graph)
+    return counts
+
+
+def _apply(model: ir.Model, *rules: RewriteRule) -> int:
+    return RewriteRuleSet(list(rules)).apply_to_model(model)
+
+
+def _check(graph: ir.Graph) -> None:
+    for node in graph:
+        if node.op_type == "Attention":
+            raise C2CError(f"layer {model_layer(node)}: its attention has no form that ONNX Runtime's operator covers")
+        if node.op_type in ("RMSNormalization", "RotaryEmbedding") and _is_heads_first(node.inputs[0]):
+            raise C2CError(
+                f"layer {model_layer(node)}: its {node.op_type} was not moved before the heads' transposition"
+            )
+
+
+def _is_heads_first(value: ir.Value | None) -> bool:
+    producer = None if value is None else value.producer()
+    return (
+        producer is not None
+        and producer.op_type == "Transpose"
+        and tuple(producer.attributes.get_ints("perm")) == HEADS_FIRST
+    )
