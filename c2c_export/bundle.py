@@ -291,6 +291,10 @@ class Bundle:
                 raise BundleError(f"{self.root / name}: the manifest lists no hash for it; export the bundle again")
         return (self.root / relative).absolute()
 
+    def weights_folder(self, engine: EngineRecord) -> Path | None:
+        """The folder of the weights of the engine's graphs, if they do not lie beside them."""
+        return None if engine.weights_folder is None else (self.root / engine.weights_folder).absolute()
+
     def tokenizer_folder(self, sharer: int | None = None) -> Path:
         """The folder with the receiver's tokenizer, or with that of sharer number `sharer`; errors as in `file`."""
         folder = "tokenizers/receiver" if sharer is None else f"tokenizers/sharer{sharer}"

@@ -171,7 +171,12 @@ TARGETS: dict[str, Target] = {
             needs_gpu_to_run=False,
             max_head_size=1024,
             max_capacity=131072,
-            known_limits=("in int8 and int4, matrices whose shape no kernel takes stay in fp32",),
+            known_limits=(
+                "attention costs what the capacity costs, not what the length costs, for head sizes that are no "
+                "multiple of 8",
+                "one call takes one prompt, or one token each of several requests (else GroupQueryAttention refuses)",
+                "in int8 and int4, matrices whose shape no kernel takes stay in fp32",
+            ),
         ),
         Target(
             name="ort-cuda",

@@ -172,8 +172,8 @@ def _load_engines(bundle: Bundle, record: EngineRecord, num_slots: int, num_thre
     manifest = bundle.manifest
 
     def load(name: str, device: Device) -> Engine:
-        folder = None if record.weights_folder is None else bundle.root.absolute() / record.weights_folder
-        return load_engine(record.target, bundle.file(record.graphs[name]), device, num_threads, folder)
+        path, weights_folder = bundle.file(record.graphs[name]), bundle.weights_folder(record)
+        return load_engine(record.target, path, device, num_threads, weights_folder)
 
     def decoder(name: str, device: Device) -> Decoder:
         return Decoder(load(name, device), num_slots, manifest.max_length)

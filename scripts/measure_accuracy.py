@@ -215,7 +215,7 @@ def write_graphs(bundle: Bundle, folder: Path, precision: str, *, rounded: bool)
     """Write every graph of `bundle` in `precision` as `folder`/<name>.onnx."""
     weights = {}
     for name, record in bundle.manifest.graphs.items():
-        lowered = lower(bundle.file(record.path), precision, is_fuser=name.startswith("fuser"))
+        lowered = lower(bundle.file(record.path), "tensorrt-rtx", precision, is_fuser=name.startswith("fuser"))
         model = lowered.model
         weights[name] = Weights(lowered.quantized_weights, float_weights(model))
         if rounded:

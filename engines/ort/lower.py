@@ -15,18 +15,22 @@ from engines.ort.attention_rule import DOMAIN, FuseAttention, RowsInUse
 from engines.ort.layout_rules import HEADS_FIRST, NORM_RULE, RESHAPE_RULE, ROTARY_RULE, TRANSPOSE_RULES
 
 _DOMAIN_VERSION = 1
+_HEAD_SIZE_MULTIPLE = 8
+"""Else `GroupQueryAttention` refuses to run, "head_size must be a multiple of 8"."""
 
 
 def lower_decoder(model: ir.Model) -> dict[str, int]:
     """Lower `model` in place; return how often each rule applied, by name.
 
-    Raises `C2CError` naming the layer where an attention, a norm or a rotation was not matched.
+    A model whose head size the operator does not take stays as it is, and no rule applies. Raises `C2CError` naming the layer where an attention, a norm or a rotation was not matched.
     """
     model.opset_imports[DOMAIN] = _DOMAIN_VERSION
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     # Nodes that an earlier rule wrote carry no shapes.
     common.ShapeInferencePass()(model)
-    attentions = sum(node.op_type == "Attention" for node in model.graph)
+    attentions = [node for node in model.graph if node.op_type == "Attention"]
+    if any(_head_size(node) % _HEAD_SIZE_MULTIPLE for node in attentions):
+        return {}
     counts = {"norm_before_transpose": _apply(model, NORM_RULE), "rotary_before_transpose": _apply(model, ROTARY_RULE)}
     if attentions:
         counts["fuse_attention"] = _apply(model, FuseAttention.rule(RowsInUse(model.graph)))
@@ -45,6 +49,13 @@ def lower_decoder(model: ir.Model) -> dict[str, int]:
 
 def _apply(model: ir.Model, *rules: RewriteRule) -> int:
     return RewriteRuleSet(list(rules)).apply_to_model(model)
+
+
+def _head_size(attention: ir.Node) -> int:
+    query = attention.inputs[0]
+    assert query is not None
+    assert query.shape is not None
+    return int(query.shape[3])
 
 
 def _check(graph: ir.Graph) -> None:

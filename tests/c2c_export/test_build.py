@@ -518,7 +518,7 @@ def test_a_real_decoder_is_built_in_fp16(name: str, demo_bundle: Path, tmp_path:
     graph = manifest.receiver_graph if name == "receiver" else manifest.sharers[0].sharer_graph
     assert graph is not None
     lowered = tmp_path / f"{name}.onnx"
-    save_lowered(lower(demo_bundle / graph.path, "fp16", is_fuser=False), lowered)
+    save_lowered(lower(demo_bundle / graph.path, "tensorrt-rtx", "fp16", is_fuser=False), lowered)
     sizes = ProfileSizes(max_batch=8, decode_optimum=1, prefill_optimum=128, fuse_optimum=128)
     profiles = decoder_profiles(graph.inputs, manifest.max_length, sizes)
     engine = build_engine(trt, lowered, tmp_path / "engine", EngineOptions(profiles), Steps())
@@ -535,7 +535,7 @@ def test_a_real_fuser_is_parsed_with_every_input_used_and_every_cache_in_place(d
     graph = read_manifest(demo_bundle).sharers[0].fuser_graph
     assert graph is not None
     lowered = tmp_path / "fuser.onnx"
-    fuser = lower(demo_bundle / graph.path, "fp16", is_fuser=True)
+    fuser = lower(demo_bundle / graph.path, "tensorrt-rtx", "fp16", is_fuser=True)
     save_lowered(fuser, lowered)
     log = error_log(trt)
     parsed = parse(trt, trt.Builder(log), log, lowered, GraphNames(fuser.model))

@@ -88,7 +88,8 @@ def load(name: str, folder: Path, pipe: C2CPipeline) -> Engines:
     numbers = range(len(manifest.sharers))
 
     def engine(graph: str) -> OrtCpuEngine:
-        return OrtCpuEngine(bundle.file(manifest.engines["ort-cpu-fp32"].graphs[graph]), 1)
+        record = manifest.engines["ort-cpu-fp32"]
+        return OrtCpuEngine(bundle.file(record.graphs[graph]), 1, weights_folder=bundle.weights_folder(record))
 
     def decoder(graph: str) -> tuple[Decoder, list[str]]:
         loaded = engine(graph)

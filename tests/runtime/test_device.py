@@ -140,8 +140,9 @@ def recorded(
     devices = {graph: RecordingDevice(graph, log) for graph in ("receiver", *(f"sharer{n}" for n in numbers))}
 
     def engine(graph: str, device: str) -> RecordingEngine:
-        path = bundle.file(manifest.engines["ort-cpu-fp32"].graphs[graph])
-        return RecordingEngine(OrtCpuEngine(path, 1, devices[device]), devices[device], graph)
+        record = manifest.engines["ort-cpu-fp32"]
+        path, weights_folder = bundle.file(record.graphs[graph]), bundle.weights_folder(record)
+        return RecordingEngine(OrtCpuEngine(path, 1, devices[device], weights_folder), devices[device], graph)
 
     length = manifest.max_length
     receiver = Decoder(engine("receiver", "receiver"), 1, length)

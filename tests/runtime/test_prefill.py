@@ -92,8 +92,11 @@ class Counted:
 @pytest.fixture
 def counted(name: str, recorded_bundle: Callable[[str], Path], recorded_pipeline: PipelineOf) -> Counted:
     bundle = Bundle.open(recorded_bundle(name))
-    graphs = bundle.manifest.engines["ort-cpu-fp32"].graphs
-    engines = {graph: CountingEngine(OrtCpuEngine(bundle.file(path), 1)) for graph, path in graphs.items()}
+    record = bundle.manifest.engines["ort-cpu-fp32"]
+    engines = {
+        graph: CountingEngine(OrtCpuEngine(bundle.file(path), 1, weights_folder=bundle.weights_folder(record)))
+        for graph, path in record.graphs.items()
+    }
     length = bundle.manifest.max_length
     receiver = Decoder(engines["receiver"], 2, length)
     numbers = range(len(bundle.manifest.sharers))

@@ -67,7 +67,7 @@ def decoder_inputs(size: int = 16) -> tuple[TensorSpec, ...]:
 
 
 def lowered_graph(folder: Path, graph: Path) -> Path:
-    save_lowered(lower(graph, "fp16", is_fuser=graph.name.startswith("fuser")), folder / graph.name)
+    save_lowered(lower(graph, "tensorrt-rtx", "fp16", is_fuser=graph.name.startswith("fuser")), folder / graph.name)
     return folder / graph.name
 
 

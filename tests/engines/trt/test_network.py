@@ -37,7 +37,7 @@ def parse_file(path: Path) -> Any:
 
 
 def lower_to(folder: Path, path: Path, precision: str) -> Path:
-    save_lowered(lower(path, precision, is_fuser=path.name.startswith("fuser")), folder / path.name)
+    save_lowered(lower(path, "tensorrt-rtx", precision, is_fuser=path.name.startswith("fuser")), folder / path.name)
     return folder / path.name
 
 

@@ -1,0 +1,180 @@
+"""The CPU's lowered decoders compute what the portable graphs compute, and no layer is left to the slow operators."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from recorded_pairs import PAIRS
+
+from c2c_export.bundle import Bundle
+from c2c_export.errors import C2CError
+from engines.base import View
+from engines.ort.engine import CpuBuffer, OrtCpuEngine
+from engines.ort.lower import lower_decoder
+
+Array = np.ndarray[Any, Any]
+HEADS_FIRST = (0, 2, 1, 3)
+
+
+def decoders_of(bundle: Bundle) -> Iterator[str]:
+    return (name for name in bundle.manifest.graphs if not name.startswith("fuser"))
+
+
+def head_size_of(bundle: Bundle, name: str) -> int:
+    manifest = bundle.manifest
+    return (manifest.receiver if name == "receiver" else manifest.sharers[int(name[-1])].model).head_dim
+
+
+each_pair = pytest.mark.parametrize("pair", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in PAIRS])
+
+
+@each_pair
+def test_every_attention_becomes_one_that_costs_the_rows_in_use(pair: str, recorded_bundle: Callable[[str], Path]):
+    bundle = Bundle.open(recorded_bundle(pair))
+    record = bundle.manifest.engines["ort-cpu-fp32"]
+    assert record.build is not None
+    for name in decoders_of(bundle):
+        portable = Counter(node.op_type for node in ir.load(bundle.file(bundle.manifest.graphs[name].path)).graph)
+        lowered = ir.load(bundle.file(record.graphs[name])).graph
+        found = Counter(node.op_type for node in lowered)
+        rules = record.build.graphs[name].rules
+        if head_size_of(bundle, name) % 8:
+            assert rules == {}
+            assert found == portable
+            continue
+        assert found["Attention"] == 0
+        assert found["GroupQueryAttention"] == rules["fuse_attention"] == portable["Attention"]
+        # What a sharer only writes into its highest layer's caches, without an attention that reads them.
+        assert found["TensorScatter"] == portable["TensorScatter"] - 2 * portable["Attention"]
+        for node in lowered:
+            if node.op_type == "Transpose" and tuple(node.attributes.get_ints("perm")) == HEADS_FIRST:
+                assert {use.node.op_type for use in node.outputs[0].uses()} == {"TensorScatter"}
+
+
+@each_pair
+def test_lowered_graphs_share_the_portable_graphs_weights(pair: str, recorded_bundle: Callable[[str], Path]):
+    bundle = Bundle.open(recorded_bundle(pair))
+    record = bundle.manifest.engines["ort-cpu-fp32"]
+    assert bundle.weights_folder(record) == bundle.root.absolute() / "graphs"
+    for name, path in record.graphs.items():
+        weights = bundle.manifest.graphs[name].num_bytes
+        assert [file.name for file in bundle.file(path).parent.glob(f"{name}*")] == [f"{name}.onnx"]
+        assert bundle.file(path).stat().st_size < weights / 2 + 500_000
+
+
+class Both:
+    """A portable decoder and its lowered form, over caches of their own that hold the same numbers."""
+
+    def __init__(self, bundle: Bundle, name: str) -> None:
+        record = bundle.manifest.engines["ort-cpu-fp32"]
+        self.portable = OrtCpuEngine(bundle.file(bundle.manifest.graphs[name].path), 1)
+        self.lowered = OrtCpuEngine(bundle.file(record.graphs[name]), 1, weights_folder=bundle.weights_folder(record))
+        assert set(self.portable.inputs) == set(self.lowered.inputs)
+        assert set(self.portable.outputs) == set(self.lowered.outputs)
+
+    def outputs(self, inputs: dict[str, Array], seed: int) -> Iterator[tuple[str, Array, Array]]:
+        """Each output's name and what both engines gave for it."""
+        found = [self._run(engine, inputs, seed) for engine in (self.portable, self.lowered)]
+        return ((name, found[0][name], found[1][name]) for name in found[0])
+
+    def _run(self, engine: OrtCpuEngine, inputs: dict[str, Array], seed: int) -> dict[str, Array]:
+        buffers: dict[str, CpuBuffer] = {}
+        for spec in engine.inputs:
+            generator = np.random.default_rng([seed, *spec.name.encode()])
+            if spec.name.startswith("past_"):
+                shape = (len(inputs["write_index"]), *(int(size) for size in spec.shape[1:]))
+                buffers[spec.name] = CpuBuffer(shape, spec.dtype)
+                buffers[spec.name].array[...] = generator.normal(size=shape)
+            else:
+                buffers[spec.name] = CpuBuffer(inputs[spec.name].shape, spec.dtype)
+                buffers[spec.name].array[...] = inputs[spec.name]
+        for spec in engine.outputs:
+            past = buffers.get(f"past_{spec.name}")
+            shape = (len(inputs["write_index"]), *(int(size) for size in spec.shape[1:]))
+            buffers[spec.name] = CpuBuffer(shape, spec.dtype) if past is None else past
+        views: dict[str, View] = {name: buffer.view() for name, buffer in buffers.items()}
+        engine.run(engine.bind(views))
+        return {spec.name: buffers[spec.name].array for spec in engine.outputs}
+
+
+@pytest.fixture(scope="module")
+def decoder_pairs(recorded_bundle: Callable[[str], Path]) -> Callable[[str, str], tuple[Bundle, Both]]:
+    opened: dict[tuple[str, str], tuple[Bundle, Both]] = {}
+
+    def load(pair: str, name: str) -> tuple[Bundle, Both]:
+        if (pair, name) not in opened:
+            bundle = Bundle.open(recorded_bundle(pair))
+            opened[pair, name] = bundle, Both(bundle, name)
+        return opened[pair, name]
+
+    return load
+
+
+# q/k norms and grouped heads; sliding windows, every rule; a receiver with one key/value head.
+@pytest.mark.parametrize(
+    ("pair", "name"),
+    [
+        pytest.param(pair, name, marks=pytest.mark.xdist_group(pair), id=f"{pair}-{name}")
+        for pair, name in (
+            ("qwen3_from_qwen2", "receiver"),
+            ("llama_from_gemma3_aligned", "receiver"),
+            ("llama_from_gemma3_aligned", "sharer0"),
+            ("qwen3_from_llama_aligned", "sharer0"),
+        )
+    ],
+)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_lowered_decoders_equal_portable_ones(
+    pair: str, name: str, data: st.DataObject, decoder_pairs: Callable[[str, str], tuple[Bundle, Both]]
+):
+    bundle, both = decoder_pairs(pair, name)
+    # A prompt, or a step of several requests: several prompts at once are more than the operator takes.
+    num_slots = data.draw(st.integers(1, 3), label="slots")
+    num_tokens = data.draw(st.integers(1, 24), label="tokens") if num_slots == 1 else 1
+    write_index = np.array([data.draw(st.integers(0, 100), label="write_index") for _ in range(num_slots)])
+    num_hidden = data.draw(st.integers(0, 1 if num_tokens > 1 else 0), label="hidden")
+    seed = data.draw(st.integers(0, 1000), label="seed")
+    generator = np.random.default_rng(seed)
+    # Positions with gaps, as an aligned prompt has them.
+    positions = np.cumsum(generator.integers(1, 4, (num_slots, bundle.manifest.max_length)), axis=1) - 1
+    vocab = bundle.manifest.receiver.vocab_size if name == "receiver" else bundle.manifest.sharers[0].model.vocab_size
+    inputs = {
+        "input_ids": generator.integers(0, vocab, (num_slots, num_tokens)),
+        "position_ids": np.stack([positions[i, start : start + num_tokens] for i, start in enumerate(write_index)]),
+        "write_index": write_index,
+        "kv_length": write_index + num_tokens - num_hidden,
+        "last_token": generator.integers(0, num_tokens, num_slots),
+        "row_position_ids": positions,
+    }
+    for output, portable, lowered in both.outputs(inputs, seed):
+        scale = np.abs(portable).max()
+        assert np.abs(portable - lowered).max() <= 2e-5 * max(scale, 1.0), output
+        if output != "logits":
+            written = np.zeros(portable.shape, dtype=bool)
+            for i, start in enumerate(write_index):
+                written[i, :, start : start + num_tokens] = True
+            assert np.array_equal(portable[~written], lowered[~written]), f"{output}: rows of others changed"
+
+
+@pytest.mark.xdist_group("llama_from_gemma3_aligned")
+def test_a_layer_that_no_rule_matches_is_an_error_that_names_it(recorded_bundle: Callable[[str], Path]):
+    bundle = Bundle.open(recorded_bundle("llama_from_gemma3_aligned"))
+    model = ir.load(bundle.file(bundle.manifest.graphs["sharer0"].path))
+    norms = [node for node in model.graph if node.op_type == "RMSNormalization"]
+    transposed = next(
+        value
+        for norm in norms
+        for value in norm.inputs
+        if value is not None and (node := value.producer()) is not None and node.op_type == "Transpose"
+    )
+    # Something else reads it too, so it has to stay.
+    model.graph.outputs.append(transposed)
+    with pytest.raises(C2CError, match=r"^layer model\.layers\.\d+\.self_attn\.[qk]_norm: its RMSNormalization was not moved"):
+        lower_decoder(model)
