@@ -102,14 +102,17 @@ def _root(
 @app.command()
 def pair(
     receiver: Annotated[str, typer.Option(help="The receiver: a model folder, a hub id[@revision], or a .gguf file.")],
-    sharer: Annotated[list[str], typer.Option(help="A sharer, likewise; repeat for several.")],
-    fuser: Annotated[
-        list[str],
-        typer.Option(help="The fuser checkpoint of each sharer: a folder or a hub id[:subfolder][@revision]."),
-    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle folder to write.")],
+    sharer: Annotated[
+        Optional[list[str]],  # noqa: UP045 (Typer reads the annotation)
+        typer.Option(help="A sharer, likewise; repeat for several. Without any the bundle is the receiver's alone."),
+    ] = None,
+    fuser: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="The fuser checkpoint of each sharer: a folder or a hub id[:subfolder][@revision]."),
+    ] = None,
     max_length: Annotated[
-        Optional[int],  # noqa: UP045 (Typer reads the annotation)
+        Optional[int],  # noqa: UP045
         typer.Option(help="Capacity of the caches, in tokens.  [default: 2048, or all positions that the models have]"),
     ] = None,
     fusion_mode: Annotated[
@@ -126,14 +129,17 @@ def pair(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle if it exists.")] = False,
 ) -> None:
-    """Export two or more models and their fusers to a bundle of portable ONNX graphs."""
+    """Export a receiver, its sharers and their fusers to a bundle of portable ONNX graphs.
+
+    Without --sharer and --fuser the bundle is that of one model, which runs and is built like any other.
+    """
     _require("torch", "transformers", "onnxscript", "onnx", "gguf", "safetensors", extra="export")
     from c2c_export.pair import PairOptions, export_pair
 
     options = PairOptions(
         receiver=receiver,
-        sharers=sharer,
-        fusers=fuser,
+        sharers=sharer or (),
+        fusers=fuser or (),
         output=output,
         max_length=max_length,
         fusion_mode=fusion_mode,

@@ -163,7 +163,8 @@ class C2CPipeline:
             raise UsageError(f"sharers is {sharers!r}, expected a list of sharer numbers")
         for number in sharers:
             if isinstance(number, bool) or not isinstance(number, int) or number not in available:
-                raise UsageError(f"sharer {number!r}: this bundle has sharers 0 to {len(available) - 1}")
+                has = f"sharers 0 to {len(available) - 1}" if available else "no sharers"
+                raise UsageError(f"sharer {number!r}: this bundle has {has}")
         return tuple(sorted(set(sharers)))
 
 
