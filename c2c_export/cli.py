@@ -324,6 +324,104 @@ def generate(
         )
 
 
+@app.command()
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
+    engine: Annotated[
+        str, typer.Option(help="The engine to run, or auto: the best of the bundle's that this machine can run.")
+    ] = "ort-cpu",
+    precision: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The engine's precision, or auto.  [default: fp32 where the engine has it, else auto]"),
+    ] = None,
+    threads: Annotated[Optional[int], typer.Option(help="Threads per engine.  [default: physical cores]")] = None,  # noqa: UP045
+    prompt_tokens: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(help="Length of a prompt; repeatable.  [default: those of 128, 256, 512 that fit the capacity]"),
+    ] = None,
+    batch: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(help="Requests that a decode step serves at once; repeatable.  [default: 1]"),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Runs of everything, of which medians are taken.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
+    json_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", help="Write the report to this file, as JSON."),
+    ] = None,
+    plot: Annotated[Optional[Path], typer.Option(help="Draw the report to this .png or .svg file.")] = None,  # noqa: UP045
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Measure the machine's own speed, and how near each phase comes.")
+    ] = False,
+    text_to_text: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Compare with text-to-text, in which the sharer writes a hint of up to 64 tokens and the receiver "
+            "reads it. A bundle of the sharer alone: c2c-export pair --receiver SHARER -o BUNDLE"
+        ),
+    ] = None,
+    reference: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Compare with the research code: a checkout of thu-nics/C2C, run in a process of its own."),
+    ] = None,
+    reference_python: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The interpreter that has the research code's libraries.  [default: this one]"),
+    ] = None,
+    receiver: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The receiver for --reference.  [default: what the bundle was exported from]"),
+    ] = None,
+    sharer: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A sharer for --reference; repeat for several.  [default: likewise]"),
+    ] = None,
+    fuser: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="The fuser of each sharer for --reference.  [default: likewise]"),
+    ] = None,
+) -> None:
+    """Measure a bundle: time to first token by phase, decoding, memory; by prompt length and requests.
+
+    Beside it the receiver alone, and on demand text-to-text, the research code, and what the machine can do. Times are
+    medians; leave the machine to it alone.
+    """
+    from c2c_export.atomic_file import write_atomically
+    from c2c_export.bench.options import BenchOptions, ReferenceOptions
+    from c2c_export.bench.run import run_bench
+    from c2c_export.bench.show import print_report
+
+    if reference is None and (receiver or sharer or fuser or reference_python):
+        raise UsageError("--receiver, --sharer, --fuser and --reference-python are for --reference, which is not given")
+    options = BenchOptions(
+        bundle=bundle,
+        engine=engine,
+        precision=precision,
+        threads=threads,
+        prompt_tokens=prompt_tokens or (),
+        batches=batch or (1,),
+        new_tokens=new_tokens,
+        repeats=repeats,
+        seed=seed,
+        json=json_file,
+        plot=plot,
+        roofline=roofline,
+        text_to_text=text_to_text,
+        reference=None
+        if reference is None
+        else ReferenceOptions(reference, reference_python, receiver, sharer or (), fuser or ()),
+    )
+    report = run_bench(options, _step)
+    if json_file is not None:
+        write_atomically(json_file, (report.model_dump_json(indent=1) + "\n").encode())
+    print_report(report, _output())
+    if plot is not None:
+        from c2c_export.bench.plot import write_plot
+
+        write_plot(report, plot)
+
+
 def _output() -> Console:
     """The console for tables on stdout: as wide as the terminal, or as the tables where there is none to be wide."""
     return Console() if sys.stdout.isatty() else Console(width=_UNBOUNDED_WIDTH)

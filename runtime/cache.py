@@ -1,8 +1,8 @@
 """The KV cache pool of one model: every buffer allocated once, each slot one contiguous view that is never copied.
 
 A pool holds, for each cache of the model's graph, one buffer [slots,H,C,D]. A slot is one request's rows; its view
-[1,H,C,D] is bound both as the graph's input `past_<name>` and as its output `<name>`. The first n slots are one view too,
-[n,H,C,D], for a step that serves them all.
+[1,H,C,D] is bound both as the graph's input `past_<name>` and as its output `<name>`. The first n slots are one view
+too, [n,H,C,D], for a step that serves them all.
 """
 
 from collections.abc import Mapping
@@ -33,6 +33,11 @@ class KVCachePool:
             if spec.name.startswith(_PAST):
                 shape = (num_slots, *(int(size) for size in spec.shape[1:]))
                 self._buffers[spec.name.removeprefix(_PAST)] = allocate_slots(engine, spec.name, shape, spec.dtype)
+
+    @property
+    def slot_bytes(self) -> int:
+        """What one slot of all caches takes in memory, at full capacity."""
+        return sum(prod(buffer.shape[1:]) * storage_dtype(buffer.dtype).itemsize for buffer in self._buffers.values())
 
     def view(self, name: str, slot: int) -> View:
         """The view [1,H,C,D] of one cache's slot."""

@@ -1,4 +1,4 @@
-"""Run a decoder graph, receiver or sharer, over one slot of its cache pool, or one token over each of the first slots."""
+"""Run a decoder graph, receiver or sharer, over one slot of its pool, or one token over each of the first slots."""
 
 from collections.abc import Sequence
 
@@ -30,10 +30,14 @@ class Decoder:
         allocate = engine.device.allocate
         # A sharer of which only the first layer's values are read has no position_ids.
         self._by_token: dict[str, Buffer] = {
-            name: allocate((max(max_length, num_slots),), "int64") for name in ("input_ids", "position_ids") if name in names
+            name: allocate((max(max_length, num_slots),), "int64")
+            for name in ("input_ids", "position_ids")
+            if name in names
         }
         self._by_request: dict[str, Buffer] = {
-            name: allocate((num_slots,), "int64") for name in ("write_index", "kv_length", "last_token") if name in names
+            name: allocate((num_slots,), "int64")
+            for name in ("write_index", "kv_length", "last_token")
+            if name in names
         }
         self._row_position_ids: Buffer | None = None
         if "row_position_ids" in names:

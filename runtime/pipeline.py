@@ -148,6 +148,11 @@ class C2CPipeline:
             )
         return plan
 
+    @property
+    def decoders(self) -> tuple[Decoder, ...]:
+        """The models that are run, with their caches: the receiver, then the sharers that have open gates."""
+        return (self.receiver, *self.prefiller.sharers.values())
+
     def read_receiver(self, slot: int, layer: int, num_rows: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Copies of the first rows of a receiver layer's key and value in a slot, each [Ht, num_rows, Dt]."""
         pool = self.receiver.pool

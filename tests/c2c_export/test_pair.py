@@ -360,7 +360,7 @@ def test_overwriting_replaces_a_bundle_and_a_sharer_may_give_the_values_of_its_f
 
 def test_a_bundle_of_one_model_is_that_model(pair: Pair) -> None:
     run = run_cli(
-        [*("pair", "--receiver", str(pair.folder / "receiver")), *("-o", str(pair.output), "--max-length", "64")]
+        [*("pair", "--receiver", str(pair.folder / "receiver")), *("-o", str(pair.output), "--max-length", "128")]
     )
     assert run.returncode == 0, run.stderr
     pipeline = C2CPipeline.from_bundle(pair.output, num_threads=1)
