@@ -87,6 +87,7 @@ def write_model(config: Any, folder: Path, dtype: torch.dtype) -> int:
     """Write a random model of `config` with its tokenizer; the number of parameters."""
     with no_init_weights():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # which is left out with the initialisation
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
