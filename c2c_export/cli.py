@@ -102,14 +102,17 @@ def _root(
 @app.command()
 def pair(
     receiver: Annotated[str, typer.Option(help="The receiver: a model folder, a hub id[@revision], or a .gguf file.")],
-    sharer: Annotated[list[str], typer.Option(help="A sharer, likewise; repeat for several.")],
-    fuser: Annotated[
-        list[str],
-        typer.Option(help="The fuser checkpoint of each sharer: a folder or a hub id[:subfolder][@revision]."),
-    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle folder to write.")],
+    sharer: Annotated[
+        Optional[list[str]],  # noqa: UP045 (Typer reads the annotation)
+        typer.Option(help="A sharer, likewise; repeat for several. Without any the bundle is the receiver's alone."),
+    ] = None,
+    fuser: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="The fuser checkpoint of each sharer: a folder or a hub id[:subfolder][@revision]."),
+    ] = None,
     max_length: Annotated[
-        Optional[int],  # noqa: UP045 (Typer reads the annotation)
+        Optional[int],  # noqa: UP045
         typer.Option(help="Capacity of the caches, in tokens.  [default: 2048, or all positions that the models have]"),
     ] = None,
     fusion_mode: Annotated[
@@ -126,14 +129,17 @@ def pair(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the bundle if it exists.")] = False,
 ) -> None:
-    """Export two or more models and their fusers to a bundle of portable ONNX graphs."""
+    """Export a receiver, its sharers and their fusers to a bundle of portable ONNX graphs.
+
+    Without --sharer and --fuser the bundle is that of one model, which runs and is built like any other.
+    """
     _require("torch", "transformers", "onnxscript", "onnx", "gguf", "safetensors", extra="export")
     from c2c_export.pair import PairOptions, export_pair
 
     options = PairOptions(
         receiver=receiver,
-        sharers=sharer,
-        fusers=fuser,
+        sharers=sharer or (),
+        fusers=fuser or (),
         output=output,
         max_length=max_length,
         fusion_mode=fusion_mode,
@@ -316,6 +322,104 @@ def generate(
             highlight=False,
             soft_wrap=True,
         )
+
+
+@app.command()
+def bench(
+    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
+    engine: Annotated[
+        str, typer.Option(help="The engine to run, or auto: the best of the bundle's that this machine can run.")
+    ] = "ort-cpu",
+    precision: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The engine's precision, or auto.  [default: fp32 where the engine has it, else auto]"),
+    ] = None,
+    threads: Annotated[Optional[int], typer.Option(help="Threads per engine.  [default: physical cores]")] = None,  # noqa: UP045
+    prompt_tokens: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(help="Length of a prompt; repeatable.  [default: those of 128, 256, 512 that fit the capacity]"),
+    ] = None,
+    batch: Annotated[
+        Optional[list[int]],  # noqa: UP045
+        typer.Option(help="Requests that a decode step serves at once; repeatable.  [default: 1]"),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
+    repeats: Annotated[int, typer.Option(help="Runs of everything, of which medians are taken.")] = 5,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
+    json_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", help="Write the report to this file, as JSON."),
+    ] = None,
+    plot: Annotated[Optional[Path], typer.Option(help="Draw the report to this .png or .svg file.")] = None,  # noqa: UP045
+    roofline: Annotated[
+        bool, typer.Option("--roofline", help="Measure the machine's own speed, and how near each phase comes.")
+    ] = False,
+    text_to_text: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Compare with text-to-text, in which the sharer writes a hint of up to 64 tokens and the receiver "
+            "reads it. A bundle of the sharer alone: c2c-export pair --receiver SHARER -o BUNDLE"
+        ),
+    ] = None,
+    reference: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Compare with the research code: a checkout of thu-nics/C2C, run in a process of its own."),
+    ] = None,
+    reference_python: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The interpreter that has the research code's libraries.  [default: this one]"),
+    ] = None,
+    receiver: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The receiver for --reference.  [default: what the bundle was exported from]"),
+    ] = None,
+    sharer: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A sharer for --reference; repeat for several.  [default: likewise]"),
+    ] = None,
+    fuser: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="The fuser of each sharer for --reference.  [default: likewise]"),
+    ] = None,
+) -> None:
+    """Measure a bundle: time to first token by phase, decoding, memory; by prompt length and requests.
+
+    Beside it the receiver alone, and on demand text-to-text, the research code, and what the machine can do. Times are
+    medians; leave the machine to it alone.
+    """
+    from c2c_export.atomic_file import write_atomically
+    from c2c_export.bench.options import BenchOptions, ReferenceOptions
+    from c2c_export.bench.run import run_bench
+    from c2c_export.bench.show import print_report
+
+    if reference is None and (receiver or sharer or fuser or reference_python):
+        raise UsageError("--receiver, --sharer, --fuser and --reference-python are for --reference, which is not given")
+    options = BenchOptions(
+        bundle=bundle,
+        engine=engine,
+        precision=precision,
+        threads=threads,
+        prompt_tokens=prompt_tokens or (),
+        batches=batch or (1,),
+        new_tokens=new_tokens,
+        repeats=repeats,
+        seed=seed,
+        json=json_file,
+        plot=plot,
+        roofline=roofline,
+        text_to_text=text_to_text,
+        reference=None
+        if reference is None
+        else ReferenceOptions(reference, reference_python, receiver, sharer or (), fuser or ()),
+    )
+    report = run_bench(options, _step)
+    if json_file is not None:
+        write_atomically(json_file, (report.model_dump_json(indent=1) + "\n").encode())
+    print_report(report, _output())
+    if plot is not None:
+        from c2c_export.bench.plot import write_plot
+
+        write_plot(report, plot)
 
 
 def _output() -> Console:

@@ -22,10 +22,11 @@ def print_bundle(bundle: Bundle, console: Console) -> None:
     """Print `bundle` to `console` as a few tables."""
     manifest = bundle.manifest
     several = f", fused in {'parallel' if manifest.fusion_mode == 'parallel' else 'sequence'}"
+    vocabularies = "aligned (two vocabularies)" if manifest.aligned else "unaligned (one vocabulary)"
+    models = f"{vocabularies}, {len(manifest.sharers)} sharer(s){several if len(manifest.sharers) > 1 else ''}"
     console.print(
         f"[bold]{escape(str(bundle.root))}[/]: capacity {manifest.max_length} tokens, "
-        f"{'aligned (two vocabularies)' if manifest.aligned else 'unaligned (one vocabulary)'}, "
-        f"{len(manifest.sharers)} sharer(s){several if len(manifest.sharers) > 1 else ''}"
+        f"{models if manifest.sharers else 'one model, no sharers'}"
     )
     console.print(_models(manifest))
     for number, sharer in enumerate(manifest.sharers):

@@ -1,4 +1,4 @@
-"""`c2c-export pair`: two or more language models and their fusers in, a bundle out.
+"""`c2c-export pair`: a receiver, its sharers and their fusers in, a bundle out. Without sharers it is one model's.
 
 What can be checked without tracing is checked first: options, configurations, tokenizers, templates, the fusers whole,
 the models' weight files. Then `c2c_export.bundle_writer` fills the bundle, beside its final place, and
@@ -29,7 +29,10 @@ _EMBEDDED = ("ort-cpu", "fp32")
 
 @dataclass(frozen=True)
 class PairOptions:
-    """What to export. `sharers`, `fusers` and, if given, `sharer_chat_templates` go together by position."""
+    """What to export. `sharers`, `fusers` and, if given, `sharer_chat_templates` go together by position.
+
+    Without any of them the bundle is that of one model, the receiver.
+    """
 
     receiver: str
     sharers: Sequence[str]
@@ -60,7 +63,7 @@ def export_pair(options: PairOptions, step: Step) -> Path:
 
 
 def _check_options(options: PairOptions) -> None:
-    if not options.sharers or len(options.sharers) != len(options.fusers):
+    if len(options.sharers) != len(options.fusers):
         raise UsageError(
             f"{len(options.sharers)} sharer(s) and {len(options.fusers)} fuser(s) given; "
             "expected one --fuser per --sharer"
@@ -72,6 +75,8 @@ def _check_options(options: PairOptions) -> None:
         )
     if options.max_length is not None and options.max_length < _MIN_LENGTH:
         raise UsageError(f"--max-length {options.max_length}: expected at least {_MIN_LENGTH}")
+    if options.fusion_mode is not None and not options.sharers:
+        raise UsageError(f"--fusion-mode {options.fusion_mode}: there is no --sharer, so nothing is fused")
     if options.fusion_mode not in (None, "parallel", "sequential"):
         raise UsageError(f"--fusion-mode {options.fusion_mode}: expected parallel or sequential")
     check_output(options.output, overwrite=options.overwrite)
@@ -79,9 +84,9 @@ def _check_options(options: PairOptions) -> None:
 
 def _plan(options: PairOptions) -> ExportPlan:
     fusers = [read_fuser(resolve_fuser(source)) for source in options.fusers]
-    receiver = read_source_model(
-        options.receiver, options.receiver_chat_template, fusers[0].folder / "receiver_chat_template.jinja"
-    )
+    aligned, mode = (fusers[0].aligned, fusers[0].fusion_mode) if fusers else (False, None)
+    trained_with = fusers[0].folder / "receiver_chat_template.jinja" if fusers else None
+    receiver = read_source_model(options.receiver, options.receiver_chat_template, trained_with)
     templates: Sequence[Path | None] = options.sharer_chat_templates or [None] * len(fusers)
     sharers = [
         SourceSharer(
@@ -92,8 +97,8 @@ def _plan(options: PairOptions) -> ExportPlan:
         )
     ]
     for sharer in sharers:
-        _check_fits(receiver, sharer, aligned=fusers[0].aligned)
-    if options.sharer_chat_templates and not fusers[0].aligned:
+        _check_fits(receiver, sharer, aligned=aligned)
+    if options.sharer_chat_templates and not aligned:
         raise UsageError(
             "--sharer-chat-template: this pair is unaligned, so the sharer reads the receiver's tokens and has no "
             "template of its own; give --receiver-chat-template"
@@ -102,8 +107,8 @@ def _plan(options: PairOptions) -> ExportPlan:
         receiver=receiver,
         sharers=sharers,
         max_length=_choose_length(options.max_length, [receiver, *(sharer.model for sharer in sharers)]),
-        aligned=fusers[0].aligned,
-        fusion_mode=options.fusion_mode or fusers[0].fusion_mode or "parallel",
+        aligned=aligned,
+        fusion_mode=options.fusion_mode or mode or "parallel",
     )
 
 

@@ -30,7 +30,7 @@ class SourceModel:
     record: ModelRecord
 
 
-def read_source_model(source: str, template: Path | None, trained_with: Path) -> SourceModel:
+def read_source_model(source: str, template: Path | None, trained_with: Path | None) -> SourceModel:
     """Resolve and check the model that `source` names; everything but its weights, which are only looked through.
 
     `template` is a chat template file that the user gave, `trained_with` one that the fuser may have come with. Raises
@@ -40,7 +40,7 @@ def read_source_model(source: str, template: Path | None, trained_with: Path) ->
     config = read_config(folder)
     tokenizer = load_tokenizer(folder)
     chat_template, origin = choose_chat_template(
-        tokenizer, source, template, trained_with if trained_with.is_file() else None
+        tokenizer, source, template, trained_with if trained_with and trained_with.is_file() else None
     )
     check_weight_files(folder)
     shape = shape_of(config)

@@ -1,7 +1,8 @@
 """The KV cache pool of one model: every buffer allocated once, each slot one contiguous view that is never copied.
 
 A pool holds, for each cache of the model's graph, one buffer [slots,H,C,D]. A slot is one request's rows; its view
-[1,H,C,D] is bound both as the graph's input `past_<name>` and as its output `<name>`.
+[1,H,C,D] is bound both as the graph's input `past_<name>` and as its output `<name>`. The first n slots are one view
+too, [n,H,C,D], for a step that serves them all.
 """
 
 from collections.abc import Mapping
@@ -27,10 +28,16 @@ class KVCachePool:
         self.num_slots = num_slots
         self._buffers: dict[str, Buffer] = {}
         self._in_place: dict[int, Mapping[str, View]] = {}
+        self._first_in_place: dict[int, Mapping[str, View]] = {}
         for spec in engine.inputs:
             if spec.name.startswith(_PAST):
                 shape = (num_slots, *(int(size) for size in spec.shape[1:]))
                 self._buffers[spec.name.removeprefix(_PAST)] = allocate_slots(engine, spec.name, shape, spec.dtype)
+
+    @property
+    def slot_bytes(self) -> int:
+        """What one slot of all caches takes in memory, at full capacity."""
+        return sum(prod(buffer.shape[1:]) * storage_dtype(buffer.dtype).itemsize for buffer in self._buffers.values())
 
     def view(self, name: str, slot: int) -> View:
         """The view [1,H,C,D] of one cache's slot."""
@@ -45,6 +52,18 @@ class KVCachePool:
                 bindings[name] = bindings[_PAST + name] = self.view(name, slot)
             self._in_place[slot] = bindings
         return self._in_place[slot]
+
+    def first_in_place(self, num_slots: int) -> Mapping[str, View]:
+        """Bindings, as input and as output, of every cache of the slots 0 to `num_slots` - 1: [num_slots,H,C,D] each.
+
+        The same object every time, for each `num_slots`.
+        """
+        if num_slots not in self._first_in_place:
+            bindings = {}
+            for name, buffer in self._buffers.items():
+                bindings[name] = bindings[_PAST + name] = buffer.view(shape=(num_slots, *buffer.shape[1:]))
+            self._first_in_place[num_slots] = bindings
+        return self._first_in_place[num_slots]
 
     def read_rows(self, name: str, slot: int, start: int, stop: int) -> NDArray[np.float32]:
         """A host copy of the rows [start, stop) of one cache's slot: [H, stop - start, D]."""

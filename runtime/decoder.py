@@ -1,4 +1,4 @@
-"""Run a decoder graph, receiver or sharer, over one slot of its cache pool."""
+"""Run a decoder graph, receiver or sharer, over one slot of its pool, or one token over each of the first slots."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,8 @@ class Decoder:
     """A receiver's or sharer's engine with its caches, the small buffers that feed it, and bindings of them.
 
     The graph is described in `c2c_export.trace.decoder`. The decoder owns the buffers and the bindings, of which it
-    keeps one for each slot: that of a step of one token, so that a step does nothing for each layer. Not thread-safe.
+    keeps one for each slot: that of a step of one token, so that a step does nothing for each layer; and one for each
+    number of slots that `run_step` served. Not thread-safe.
     """
 
     def __init__(self, engine: Engine, num_slots: int, max_length: int) -> None:
@@ -23,15 +24,20 @@ class Decoder:
         self._engine = engine
         self.pool = KVCachePool(engine, num_slots)
         self._steps: dict[int, Binding] = {}
+        self._shared_steps: dict[int, Binding] = {}
         self._max_length = max_length
         names = {spec.name for spec in engine.inputs}
         allocate = engine.device.allocate
         # A sharer of which only the first layer's values are read has no position_ids.
         self._by_token: dict[str, Buffer] = {
-            name: allocate((max_length,), "int64") for name in ("input_ids", "position_ids") if name in names
+            name: allocate((max(max_length, num_slots),), "int64")
+            for name in ("input_ids", "position_ids")
+            if name in names
         }
         self._by_request: dict[str, Buffer] = {
-            name: allocate((1,), "int64") for name in ("write_index", "kv_length", "last_token") if name in names
+            name: allocate((num_slots,), "int64")
+            for name in ("write_index", "kv_length", "last_token")
+            if name in names
         }
         self._row_position_ids: Buffer | None = None
         if "row_position_ids" in names:
@@ -40,7 +46,7 @@ class Decoder:
         self._logits: Buffer | None = None
         for spec in engine.outputs:
             if spec.name == "logits":
-                self._logits = allocate((1, 1, int(spec.shape[2])), spec.dtype)
+                self._logits = allocate((num_slots, int(spec.shape[2])), spec.dtype)
 
     @property
     def device(self) -> Device:
@@ -71,11 +77,51 @@ class Decoder:
             "last_token": num_tokens - 1,
         }
         for name, buffer in self._by_request.items():
-            buffer.write(np.array([scalars[name]], dtype=np.int64), slice(None))
+            buffer.write(np.array([scalars[name]], dtype=np.int64), slice(0, 1))
         if self._row_position_ids is not None:
             rows = slice(write_index, write_index + num_tokens)
             self._row_position_ids.write(np.asarray(position_ids, dtype=np.int64), slot, rows)
         self._engine.run(self._binding(slot, num_tokens))
+
+    def run_step(
+        self,
+        ids: Sequence[int] | Int64Array,
+        position_ids: Sequence[int] | Int64Array,
+        write_indices: Sequence[int] | Int64Array,
+    ) -> None:
+        """Queue one token for each of the slots 0 to n-1 in one run of the engine; n is the length of all three.
+
+        Token i is written into row `write_indices[i]` of slot i, and sees that row and those before it. The tokens'
+        logits can be had from `step_logits`.
+        """
+        num_slots = len(ids)
+        if not 1 <= num_slots <= self.pool.num_slots:
+            raise ValueError(f"a step for {num_slots} slots of a pool of {self.pool.num_slots}")
+        rows = np.asarray(write_indices, dtype=np.int64)
+        by_name = {
+            "input_ids": np.asarray(ids, dtype=np.int64),
+            "position_ids": np.asarray(position_ids, dtype=np.int64),
+            "write_index": rows,
+            "kv_length": rows + 1,
+            "last_token": np.zeros(num_slots, dtype=np.int64),
+        }
+        for name, buffer in {**self._by_token, **self._by_request}.items():
+            buffer.write(by_name[name], slice(0, num_slots))
+        if self._row_position_ids is not None:
+            for slot, (row, position) in enumerate(zip(rows, by_name["position_ids"], strict=True)):
+                self._row_position_ids.write(np.array([position]), slot, slice(int(row), int(row) + 1))
+        if num_slots not in self._shared_steps:
+            self._shared_steps[num_slots] = self._bind_step(num_slots)
+        self._engine.run(self._shared_steps[num_slots])
+
+    def _bind_step(self, num_slots: int) -> Binding:
+        views = {name: buffer.view(shape=(num_slots, 1)) for name, buffer in self._by_token.items()}
+        views |= {name: buffer.view(shape=(num_slots,)) for name, buffer in self._by_request.items()}
+        if self._row_position_ids is not None:
+            views["row_position_ids"] = self._row_position_ids.view(shape=(num_slots, self._max_length))
+        if self._logits is not None:
+            views["logits"] = self._logits.view(shape=(num_slots, 1, self._logits.shape[1]))
+        return self._engine.bind({**views, **self.pool.first_in_place(num_slots)})
 
     def _binding(self, slot: int, num_tokens: int) -> Binding:
         if num_tokens > 1:  # a prompt's length may never come again
@@ -86,14 +132,19 @@ class Decoder:
 
     def _bind(self, slot: int, num_tokens: int) -> Binding:
         views: dict[str, View] = {name: buffer.view(shape=(1, num_tokens)) for name, buffer in self._by_token.items()}
-        views |= {name: buffer.view() for name, buffer in self._by_request.items()}
+        views |= {name: buffer.view(shape=(1,)) for name, buffer in self._by_request.items()}
         if self._row_position_ids is not None:
             views["row_position_ids"] = self._row_position_ids.view(slot, shape=(1, self._max_length))
         if self._logits is not None:
-            views["logits"] = self._logits.view()
+            views["logits"] = self._logits.view(shape=(1, 1, self._logits.shape[1]))
         return self._engine.bind({**views, **self.pool.in_place(slot)})
 
     def logits(self) -> NDArray[np.float32]:
         """A copy of the logits [V] of the last token of the last `run`, once it is done. Only a receiver has them."""
         assert self._logits is not None, "a sharer's graph has no logits"
-        return self._logits.read(0, 0).astype(np.float32, copy=False)
+        return self._logits.read(0).astype(np.float32, copy=False)
+
+    def step_logits(self, num_slots: int) -> NDArray[np.float32]:
+        """A copy of the logits [num_slots,V] of the last `run_step`, once it is done. Only a receiver has them."""
+        assert self._logits is not None, "a sharer's graph has no logits"
+        return self._logits.read(slice(0, num_slots)).astype(np.float32, copy=False)

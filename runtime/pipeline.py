@@ -148,6 +148,11 @@ class C2CPipeline:
             )
         return plan
 
+    @property
+    def decoders(self) -> tuple[Decoder, ...]:
+        """The models that are run, with their caches: the receiver, then the sharers that have open gates."""
+        return (self.receiver, *self.prefiller.sharers.values())
+
     def read_receiver(self, slot: int, layer: int, num_rows: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Copies of the first rows of a receiver layer's key and value in a slot, each [Ht, num_rows, Dt]."""
         pool = self.receiver.pool
@@ -163,7 +168,8 @@ class C2CPipeline:
             raise UsageError(f"sharers is {sharers!r}, expected a list of sharer numbers")
         for number in sharers:
             if isinstance(number, bool) or not isinstance(number, int) or number not in available:
-                raise UsageError(f"sharer {number!r}: this bundle has sharers 0 to {len(available) - 1}")
+                has = f"sharers 0 to {len(available) - 1}" if available else "no sharers"
+                raise UsageError(f"sharer {number!r}: this bundle has {has}")
         return tuple(sorted(set(sharers)))
 
 

@@ -63,7 +63,7 @@ class Prefiller:
     def __init__(self, receiver: Decoder, sharers: Mapping[int, Decoder], fusers: Mapping[int, Fuser]) -> None:
         """`sharers` and `fusers` lack the sharers whose gates are all closed: nothing is computed for them."""
         self._receiver = receiver
-        self._sharers = sharers
+        self.sharers = sharers
         self._fusers = fusers
 
     def run(self, slot: int, state: SlotState, plan: Plan) -> PrefillTimings:
@@ -86,7 +86,7 @@ class Prefiller:
         for number, tokens in target.sharers.items():
             done = reusable_sharer_rows[number]
             if done < len(tokens.ids):
-                sharer = self._sharers[number]
+                sharer = self.sharers[number]
                 # An interrupted call may have left a fuser that still reads the rows that are written now.
                 sharer.device.wait(device.record())
                 with _timed(sharer.device, sharer_spans):
@@ -128,7 +128,7 @@ class Prefiller:
             self._fusers[number].keep_unfused(pool, slot, rows)
         for number in selected:
             sharer_rows: Int64Array = np.searchsorted(target.sharers[number].position_ids, positions).astype(np.int64)
-            self._fusers[number].run(pool, self._sharers[number].pool, slot, rows, sharer_rows)
+            self._fusers[number].run(pool, self.sharers[number].pool, slot, rows, sharer_rows)
 
 
 @contextlib.contextmanager

@@ -110,6 +110,11 @@ class Session:
         return self._state.receiver.ids.copy()
 
     @property
+    def slot(self) -> int:
+        """The number of the pool's slot that holds this session's rows."""
+        return self._slot
+
+    @property
     def plan(self) -> Plan:
         """The prompt as it was planned: every model's tokens and positions, and the sections."""
         return self._plan

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
+BENCH = ROOT / "c2c_export" / "bench"
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "huggingface_hub", "gguf", "safetensors")
 RUNTIME_MAY_IMPORT = {"bundle", "errors", "tokenizer", "chat_template", "alignment"}
 ENGINES_MAY_IMPORT = {"bundle", "cache", "errors", "atomic_file"}
@@ -94,11 +95,26 @@ def test_what_both_sides_share_imports_nothing_else_of_the_exporter(name: str):
 
 
 @pytest.mark.parametrize("path", files_of("c2c_export"), ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_only_the_command_line_imports_the_runtime_and_only_when_it_runs(path: Path):
+def test_only_the_command_line_and_its_benchmark_import_the_runtime(path: Path):
     if path == ROOT / "c2c_export" / "cli.py":
-        assert not [name for name in imports_of(path, inside_functions=False) if name.split(".")[0] == "runtime"]
-    else:
+        # Only when a command runs.
+        at_once = [name.split(".") for name in imports_of(path, inside_functions=False)]
+        assert not [parts for parts in at_once if parts[0] == "runtime" or parts[:2] == ["c2c_export", "bench"]]
+    elif BENCH not in path.parents:
         assert not own_imports(path, "runtime")
+        assert "bench" not in own_imports(path, "c2c_export")
+
+
+@pytest.mark.parametrize("path", files_of("c2c_export/bench"), ids=lambda path: path.name)
+def test_the_benchmark_needs_heavy_libraries_only_for_what_asks_for_them(path: Path):
+    allowed = {"work.py": {"onnx_ir"}, "machine_speed.py": {"onnx_ir"}}
+    at_once = {name.split(".")[0] for name in imports_of(path, inside_functions=False)}
+    assert at_once & {*HEAVY, "matplotlib"} <= allowed.get(path.name, set())
+
+
+def test_the_process_of_the_research_code_imports_nothing_of_ours():
+    path = BENCH / "reference_process.py"
+    assert not {name.split(".")[0] for name in imports_of(path)} & {"c2c_export", "engines", "runtime"}
 
 
 def test_the_command_line_does_use_the_runtime():

@@ -71,6 +71,11 @@ def plain(text: str) -> str:
             "--sharer-chat-template --overwrite",
         ),
         ("inspect", "--json"),
+        (
+            "bench",
+            "--engine --precision --threads --prompt-tokens --batch --new-tokens --repeats --seed --json --plot "
+            "--roofline --text-to-text --reference --reference-python --receiver --sharer --fuser",
+        ),
         ("doctor", "--json"),
         (
             "build",

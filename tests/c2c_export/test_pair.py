@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from c2c_export.bundle import Bundle
 from c2c_export.errors import C2CError, UsageError
@@ -109,7 +110,7 @@ def run_cli(arguments: list[str], before: str = "") -> subprocess.CompletedProce
 def test_every_sharer_needs_its_fuser(pair: Pair) -> None:
     sharer = pair.options["sharers"][0]
     assert "2 sharer(s) and 1 fuser(s)" in pair.refusal(UsageError, sharers=[sharer, sharer])
-    assert "0 sharer(s)" in pair.refusal(UsageError, sharers=[], fusers=[])
+    assert "0 sharer(s)" in pair.refusal(UsageError, sharers=[])
     assert "2 fuser(s)" in pair.refusal(UsageError, fusers=pair.options["fusers"] * 2)
 
 
@@ -120,6 +121,13 @@ def test_a_capacity_that_is_too_small_is_refused(pair: Pair, max_length: int) ->
 
 def test_an_unknown_fusion_mode_is_refused(pair: Pair) -> None:
     assert "--fusion-mode both" in pair.refusal(UsageError, fusion_mode="both")
+
+
+def test_options_for_sharers_are_refused_where_there_are_none(pair: Pair) -> None:
+    assert "--fusion-mode parallel" in pair.refusal(UsageError, sharers=[], fusers=[], fusion_mode="parallel")
+    template = pair.folder / "receiver" / "chat_template.jinja"
+    message = pair.refusal(UsageError, sharers=[], fusers=[], sharer_chat_templates=[template])
+    assert "1 --sharer-chat-template given for 0 sharers" in message
 
 
 def test_chat_templates_are_given_for_no_sharer_or_for_each(pair: Pair) -> None:
@@ -345,3 +353,34 @@ def test_overwriting_replaces_a_bundle_and_a_sharer_may_give_the_values_of_its_f
                 expected = (layer == 2 and kind == 1), layer > 2
                 assert changed[:-1].tolist() == [expected[0]] * 4
                 assert bool(changed[-1]) is expected[1]
+
+
+# One model
+
+
+def test_a_bundle_of_one_model_is_that_model(pair: Pair) -> None:
+    run = run_cli(
+        [*("pair", "--receiver", str(pair.folder / "receiver")), *("-o", str(pair.output), "--max-length", "128")]
+    )
+    assert run.returncode == 0, run.stderr
+    pipeline = C2CPipeline.from_bundle(pair.output, num_threads=1)
+    assert pipeline.bundle.manifest.sharers == ()
+    assert pipeline.engine_choice.record.graphs.keys() == {"receiver"}
+
+    ids = [17, 301, 45, 8, 112]
+    model = AutoModelForCausalLM.from_pretrained(pair.folder / "receiver", dtype=torch.float32)
+    expected = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False, eos_token_id=None)[0, 5:].tolist()
+    for fuse in (True, False):
+        found = pipeline.generate(input_ids=ids, max_new_tokens=8, ignore_eos=True, fuse=fuse)
+        assert found.token_ids == expected
+        assert found.timings.sharer_prefill == found.timings.fuse == 0.0
+    with pipeline.prefill("What is the capital of France?") as session:
+        assert [section.fused for section in session.plan.sections] == [False]
+        session.generate(max_new_tokens=2, ignore_eos=True)
+        session.append("And of Spain?")
+    with pytest.raises(UsageError, match="this bundle has no sharers"):
+        pipeline.prefill(ids, sharers=[0])
+
+    shown = run_cli(["inspect", str(pair.output)])
+    assert shown.returncode == 0, shown.stderr
+    assert "one model" in shown.stdout

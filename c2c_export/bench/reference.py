@@ -1,0 +1,121 @@
+"""The research code beside the bundle, on the same prompts: prompts and sources in, its times and their ratios out.
+
+The process itself is `c2c_export.bench.reference_process`. It is given the token ids that the bundle's plan has, so
+tokenising and aligning cost it nothing here.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from c2c_export.bench import reference_process
+from c2c_export.bench.options import ReferenceOptions
+from c2c_export.bench.reference_process import ReferencePrompt, ReferenceRequest, ReferenceResult, parse_result
+from c2c_export.bench.report import PromptRecord, ReferenceRecord, ReferenceTimes
+from c2c_export.bundle import Manifest
+from c2c_export.errors import C2CError, UsageError, one_line
+from c2c_export.sources import resolve_fuser, resolve_model
+from runtime.prompt import ModelTokens, Plan
+
+_PADDING = 0
+"""Any id: nothing attends to padding."""
+_MAX_REASON = 300
+
+
+def make_request(
+    options: ReferenceOptions,
+    manifest: Manifest,
+    plans: Sequence[Plan],
+    *,
+    threads: int,
+    new_tokens: int,
+    repeats: int,
+) -> ReferenceRequest:
+    """What the process is asked. Sources that were not given are those of the manifest.
+
+    Raises `UsageError` when they are not there, or when the bundle has no sharer.
+    """
+    if not manifest.sharers:
+        raise UsageError("--reference: the bundle has no sharer, and the research code runs pairs")
+    sharers = options.sharers or [sharer.model.source for sharer in manifest.sharers]
+    fusers = options.fusers or [sharer.fuser_source for sharer in manifest.sharers]
+    if len(sharers) != len(manifest.sharers):
+        raise UsageError(f"{len(sharers)} --sharer given, expected {len(manifest.sharers)} as in the bundle")
+    return ReferenceRequest(
+        checkout=str(options.checkout.absolute()),
+        receiver=str(_local(resolve_model, options.receiver or manifest.receiver.source, "--receiver")),
+        sharers=[str(_local(resolve_model, source, "--sharer")) for source in sharers],
+        fusers=[str(_local(resolve_fuser, source, "--fuser")) for source in fusers],
+        fusion_mode=manifest.fusion_mode,
+        threads=threads,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        prompts=[padded_prompt(plan) for plan in plans],
+    )
+
+
+def run_reference(request: ReferenceRequest, python: Path | None) -> ReferenceResult:
+    """Run the process with the interpreter `python`, by default this one. Raises `C2CError` with its last line."""
+    command = [str(python or sys.executable), "-P", str(Path(reference_process.__file__))]
+    done = subprocess.run(
+        command, input=json.dumps(dataclasses.asdict(request)), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        last = one_line((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1], _MAX_REASON)
+        raise C2CError(f"{request.checkout}: the research code failed: {last}")
+    return parse_result(done.stdout)
+
+
+def compare(
+    result: ReferenceResult, prompts: Sequence[PromptRecord], tokens: Sequence[Sequence[int]], checkout: str
+) -> ReferenceRecord:
+    """Relate the research code's times to `prompts`; `tokens` are those that the bundle generated for each."""
+    times = []
+    for run, prompt, ours in zip(result.runs, prompts, tokens, strict=True):
+        differ = (i for i, (a, b) in enumerate(zip(run.token_ids, ours, strict=True)) if a != b)
+        times.append(
+            ReferenceTimes(
+                asked_tokens=prompt.asked_tokens,
+                ttft=run.ttft,
+                sharer_prefill=run.sharer_prefill,
+                receiver_prefill=run.receiver_prefill,
+                fuse=run.ttft - run.sharer_prefill - run.receiver_prefill,
+                decode_ms_per_token=1000 * run.step,
+                ttft_ratio=run.ttft / prompt.c2c.ttft,
+                decode_ratio=1000 * run.step / prompt.c2c.decode_ms_per_token,
+                equal_tokens=next(differ, len(ours)),
+                new_tokens=len(ours),
+            )
+        )
+    return ReferenceRecord(
+        checkout=checkout, versions=result.versions, prompts=tuple(times), peak_bytes=result.peak_bytes
+    )
+
+
+def padded_prompt(plan: Plan) -> ReferencePrompt:
+    """A plan's prompt with its padding, which the research code computes."""
+
+    def row(tokens: ModelTokens) -> tuple[list[int], list[int]]:
+        ids, mask = [_PADDING] * plan.num_positions, [0] * plan.num_positions
+        for token, position in zip(tokens.ids.tolist(), tokens.position_ids.tolist(), strict=True):
+            ids[position], mask[position] = token, 1
+        return ids, mask
+
+    rows = [row(tokens) for tokens in (plan.receiver, *(plan.sharers[number] for number in sorted(plan.sharers)))]
+    if plan.closing_padding_id is not None:
+        rows[0][0][-1] = plan.closing_padding_id
+    return ReferencePrompt(
+        ids=[ids for ids, _ in rows],
+        attention_masks=[mask for _, mask in rows],
+        sections=[(section.stop - section.start, section.fused) for section in plan.sections],
+    )
+
+
+def _local(resolve: Callable[[str], Path], source: str, option: str) -> Path:
+    try:
+        return resolve(source).absolute()
+    except C2CError as error:
+        raise UsageError(f"--reference: {error}; name it with {option}") from error

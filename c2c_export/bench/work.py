@@ -1,0 +1,103 @@
+"""How much work a prompt needs: floating-point operations and bytes, counted from the shapes in the graphs.
+
+Only the products count, which is nearly all: a product of S rows with a weight [K,N] takes 2*S*K*N operations, and
+attention takes 4*H*D for every pair of a query and a row that it sees (2 for the score, 2 for the sum of the values).
+A window hides rows, which is not subtracted: where prompts are longer than a window, the attention counts too much.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from c2c_export.bundle import GraphRecord
+
+_PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "MatMulNBits"})
+_LOOKUPS = frozenset({"Gather", "GatherBlockQuantized"})
+_COPYING = frozenset({"Transpose", "Identity"})
+
+
+@dataclass(frozen=True)
+class GraphWork:
+    """The products of one portable graph."""
+
+    weight_shapes: tuple[tuple[int, int], ...]
+    """[K,N] of every product that each token goes through."""
+    head_shapes: tuple[tuple[int, int], ...]
+    """[K,N] of the products with the vocabulary, needed once per request."""
+    attention_width: int
+    """H*D summed over the attentions, H counting query heads."""
+
+    def flops(self, num_tokens: int, *, first_row: int = 0, num_logits: int = 0) -> int:
+        """Operations for `num_tokens` tokens from row `first_row` on, of which `num_logits` need logits.
+
+        2 * tokens * sum(K*N) + 2 * logits * sum(K*V) + 4 * sum(H*D) * pairs, where token i of the prompt sees the
+        `first_row` rows before it, those of the i tokens before it, and its own.
+        """
+        pairs = num_tokens * first_row + num_tokens * (num_tokens + 1) // 2
+        return (
+            2 * num_tokens * sum(k * n for k, n in self.weight_shapes)
+            + 2 * num_logits * sum(k * n for k, n in self.head_shapes)
+            + 4 * self.attention_width * pairs
+        )
+
+
+def read_graph_work(path: Path) -> GraphWork:
+    """Count the products of the portable graph at `path`; its weights are not read."""
+    graph = ir.load(path).graph
+    vocab = next((value.shape[-1] for value in graph.outputs if value.name == "logits" and value.shape), None)
+    layers: list[tuple[int, int]] = []
+    heads: list[tuple[int, int]] = []
+    width = 0
+    for node in graph:
+        if node.op_type in _PRODUCTS:
+            shape = _weight_shape(node.inputs[1])
+            if shape is not None:
+                (heads if shape[1] == vocab else layers).append(shape)
+        elif node.op_type == "Attention":
+            query = node.inputs[0]
+            assert query is not None
+            assert query.shape is not None
+            width += int(query.shape[1]) * int(query.shape[3])
+    return GraphWork(tuple(layers), tuple(heads), width)
+
+
+def product_weight_bytes(path: Path) -> int:
+    """Bytes of the weights that every token reads, in the engine's graph at `path`: all but tables that are looked up.
+
+    A table that is also the LM head is read whole. Biases, norms and the scales of integer weights count.
+    """
+    total = 0
+    for value in ir.load(path).graph.initializers.values():
+        readers = {node.op_type for node, _ in value.uses()}
+        if value.const_value is not None and readers - _LOOKUPS:
+            total += value.const_value.nbytes
+    return total
+
+
+def cache_row_bytes(graph: GraphRecord) -> int:
+    """Bytes of one row of all caches of a decoder's graph, keys and values."""
+    return sum(
+        int(spec.shape[1]) * int(spec.shape[3]) * _item_bytes(spec.dtype)
+        for spec in graph.inputs
+        if spec.name.startswith("past_")
+    )
+
+
+def _item_bytes(dtype: str) -> int:
+    return int(ir.DataType[dtype.upper().replace("FLOAT32", "FLOAT")].itemsize)
+
+
+def _weight_shape(value: ir.Value | None) -> tuple[int, int] | None:
+    """[K,N] of a product's second factor; None when it is no weight."""
+    transposed = False
+    while value is not None and value.const_value is None:
+        node = value.producer()
+        if node is None or node.op_type not in _COPYING:
+            return None
+        transposed ^= node.op_type == "Transpose"
+        value = node.inputs[0]
+    if value is None or value.const_value is None or len(value.const_value.shape) != 2:
+        return None
+    rows, columns = (int(size) for size in value.const_value.shape)
+    return (columns, rows) if transposed else (rows, columns)

@@ -1,0 +1,270 @@
+"""The command `bench`: every number is there, positive, and follows from the others; wrong use is refused."""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from c2c_export import cli
+from c2c_export.bench.report import BenchReport, PhaseTimes
+from runtime import C2CPipeline
+
+UNALIGNED, ALIGNED, TWO_SHARERS = "qwen3_from_qwen2", "qwen3_from_llama_aligned", "two_sharers_parallel"
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+BundleOf = Callable[[str], Path]
+RunCli = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCli:
+    """Run the console script in this process: exit code, stdout, stderr."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["c2c-export", "bench", *(str(argument) for argument in arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def bench(run_cli: RunCli, tmp_path: Path) -> Callable[..., BenchReport]:
+    """Run a small benchmark on one thread; its report, read back from the JSON."""
+
+    def run(*arguments: object) -> BenchReport:
+        path = tmp_path / "report.json"
+        small = ("--threads", 1, "--new-tokens", 4, "--repeats", 2, "--json", path)
+        code, _, err = run_cli(*arguments, *small)
+        assert code == 0, err
+        assert list(tmp_path.glob(".*")) == []  # written beside, then renamed
+        return BenchReport.model_validate_json(path.read_text())
+
+    return run
+
+
+def check_phases(times: PhaseTimes) -> None:
+    assert times.ttft > 0
+    assert times.receiver_prefill > 0
+    assert times.decode_ms_per_token > 0
+    assert times.tokens_per_second == pytest.approx(1000 / times.decode_ms_per_token)
+
+
+# Reports
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_prompts_and_batches_are_all_measured(bench: Callable[..., BenchReport], recorded_bundle: BundleOf):
+    lengths, batches = ("--prompt-tokens", 20, "--prompt-tokens", 33), ("--batch", 1, "--batch", 3)
+    report = bench(recorded_bundle(UNALIGNED), *lengths, *batches)
+    assert report.settings.prompt_tokens == (20, 33)
+    assert [prompt.receiver_tokens for prompt in report.prompts] == [20, 33]
+    for prompt in report.prompts:
+        # All but the last token are fused, and the sharer reads no more.
+        assert prompt.fused_tokens == prompt.sharer_tokens == prompt.receiver_tokens - 1
+        check_phases(prompt.c2c)
+        check_phases(prompt.receiver_alone)
+        assert prompt.c2c.sharer_prefill > 0
+        assert prompt.c2c.fuse > 0
+        assert prompt.receiver_alone.sharer_prefill == prompt.receiver_alone.fuse == 0
+    assert [(record.asked_tokens, record.batch) for record in report.batches] == [(20, 1), (20, 3), (33, 1), (33, 3)]
+    for record in report.batches:
+        assert record.ms_per_step > 0
+        assert record.tokens_per_second == pytest.approx(1000 * record.batch / record.ms_per_step)
+    assert report.machine.threads == 1
+    assert (report.bundle.engine, report.bundle.precision, report.bundle.aligned) == ("ort-cpu", "fp32", False)
+    assert report.text_to_text is report.roofline is report.reference is None
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_memory_stands_beside_weights_and_caches(bench: Callable[..., BenchReport], recorded_bundle: BundleOf):
+    path = recorded_bundle(UNALIGNED)
+    report = bench(path, "--prompt-tokens", 20, "--batch", 2)
+    manifest = C2CPipeline.from_bundle(path, num_threads=1).bundle.manifest
+    models = [manifest.receiver, *(sharer.model for sharer in manifest.sharers)]
+    # Upper layers of a sharer that no gate reads have no caches.
+    most = sum(2 * 4 * m.num_layers * m.num_key_value_heads * m.head_dim * manifest.max_length for m in models)
+    assert 0 < report.bundle.cache_bytes_per_slot <= most
+    assert report.bundle.weight_bytes == sum(file.stat().st_size for file in (path / "graphs").iterdir())
+    for memory, slots in ((report.prompts[0].memory, 1), (report.batches[0].memory, 2)):
+        assert memory is not None
+        assert memory.weight_bytes == report.bundle.weight_bytes
+        assert memory.cache_bytes == slots * report.bundle.cache_bytes_per_slot
+        needed = memory.weight_bytes + memory.cache_bytes
+        assert memory.peak_bytes > needed
+        assert memory.excess == pytest.approx(memory.peak_bytes / needed - 1)
+
+
+@pytest.mark.xdist_group(ALIGNED)
+def test_an_aligned_pair_reads_words_as_long_as_asked_for(bench: Callable[..., BenchReport], recorded_bundle: BundleOf):
+    report = bench(recorded_bundle(ALIGNED), "--prompt-tokens", 100)
+    (prompt,) = report.prompts
+    assert 95 <= prompt.receiver_tokens <= 100
+    assert 0 < prompt.fused_tokens < prompt.receiver_tokens
+    assert prompt.c2c.fuse > 0
+
+
+@pytest.mark.xdist_group(TWO_SHARERS)
+def test_two_sharers_are_measured_together(bench: Callable[..., BenchReport], recorded_bundle: BundleOf):
+    report = bench(recorded_bundle(TWO_SHARERS), "--prompt-tokens", 20)
+    assert len(report.bundle.sharers) == 2
+    assert report.prompts[0].sharer_tokens == 2 * report.prompts[0].fused_tokens == 38
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_lengths_that_fit_are_the_default(bench: Callable[..., BenchReport], recorded_bundle: BundleOf):
+    assert bench(recorded_bundle(UNALIGNED)).settings.prompt_tokens == (128,)  # of 256, less the new tokens
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_the_roofline_relates_every_prompt_to_the_machine(bench: Callable[..., BenchReport], recorded_bundle: BundleOf):
+    report = bench(recorded_bundle(UNALIGNED), "--prompt-tokens", 20, "--roofline")
+    roofline = report.roofline
+    assert roofline is not None
+    assert roofline.gemm_gflops == max(gemm.gflops for gemm in roofline.gemms) > 0
+    assert roofline.read_gb_per_second > 0
+    (share,) = roofline.shares
+    seconds = report.prompts[0].c2c
+    assert share.gflop["ttft"] == pytest.approx(sum(value for key, value in share.gflop.items() if key != "ttft"))
+    assert share.ttft == pytest.approx(share.gflop["ttft"] / seconds.ttft / roofline.gemm_gflops)
+    for phase in ("sharer_prefill", "receiver_prefill", "fuse"):
+        share_of_phase = share.gflop[phase] / getattr(seconds, phase) / roofline.gemm_gflops
+        assert getattr(share, phase) == pytest.approx(share_of_phase)
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+@pytest.mark.parametrize(("name", "beginning"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml")])
+def test_a_plot_is_drawn(run_cli: RunCli, recorded_bundle: BundleOf, tmp_path: Path, name: str, beginning: bytes):
+    small = ("--threads", 1, "--new-tokens", 3, "--repeats", 1, "--prompt-tokens", 8, "--batch", 1, "--batch", 2)
+    code, out, err = run_cli(recorded_bundle(UNALIGNED), *small, "--plot", tmp_path / name)
+    assert code == 0, err
+    assert (tmp_path / name).read_bytes().startswith(beginning)
+    assert "receiver alone" in out
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_text_to_text_is_compared_on_every_question(
+    bench: Callable[..., BenchReport], recorded_bundle: BundleOf, sharer_bundle: Path
+):
+    report = bench(recorded_bundle(UNALIGNED), "--prompt-tokens", 8, "--text-to-text", sharer_bundle)
+    record = report.text_to_text
+    assert record is not None
+    assert len(record.questions) == 3
+    for question in record.questions:
+        assert 0 < question.text_to_text.hint_tokens <= 64
+        assert question.c2c.hint_tokens == 0
+        for times in (question.c2c, question.text_to_text):
+            assert 0 < times.first_token <= times.answer
+            assert 1 <= times.answer_tokens <= 4
+    ratios = sorted(q.text_to_text.answer / q.c2c.answer for q in record.questions)
+    assert record.answer_ratio == pytest.approx(ratios[1])
+
+
+@pytest.fixture(scope="session")
+def sharer_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of the unaligned pair's sharer alone."""
+    import contextlib
+
+    from c2c_export.pair import PairOptions, export_pair
+
+    output = tmp_path_factory.mktemp("one_model") / "sharer.bundle"
+    options = PairOptions(str(GOLDEN / UNALIGNED / "sharer"), (), (), output, max_length=256)
+    return export_pair(options, lambda _: contextlib.nullcontext())
+
+
+# Refusals
+
+MISUSE: dict[str, tuple[list[Any], str]] = {
+    "prompt too long": (["--prompt-tokens", 250], r"--prompt-tokens 250 and --new-tokens 32 .* capacity of 256"),
+    "prompt too short": (["--prompt-tokens", 1], "--prompt-tokens 1: expected at least 2"),
+    "no room for a prompt": (["--new-tokens", 255], "--new-tokens 255: the bundle's capacity is 256"),
+    "no requests": (["--batch", 0], "--batch 0: expected at least 1"),
+    "no repeats": (["--repeats", 0], "--repeats 0: expected at least 1"),
+    "one new token": (["--new-tokens", 1], "--new-tokens 1: expected at least 2"),
+    "no threads": (["--threads", 0], "--threads 0: expected at least 1"),
+    "no folder": (["--json", "/nowhere/report.json"], "no folder /nowhere"),
+    "a folder": (["--json", "/"], "/ is a folder"),
+    "another kind of plot": (["--plot", "a.jpeg"], r"--plot a.jpeg: expected a name that ends in .png or .svg"),
+    "no checkout": (["--reference", GOLDEN], "no checkout of thu-nics/C2C"),
+    "sources without a reference": (["--sharer", "a"], "are for --reference, which is not given"),
+    "roofline of a GPU": (["--roofline", "--engine", "tensorrt"], "--roofline measures this machine's CPU"),
+    "another engine": (["--engine", "tensorrt"], "has no engine tensorrt"),
+}
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+@pytest.mark.parametrize("case", MISUSE)
+def test_wrong_use_is_refused_in_a_line(run_cli: RunCli, recorded_bundle: BundleOf, case: str):
+    arguments, message = MISUSE[case]
+    code, out, err = run_cli(recorded_bundle(UNALIGNED), *arguments)
+    assert (code, out) == (2, "")
+    assert re.search(message, err), err
+    assert len(err.strip().splitlines()) <= 3
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_a_reference_needs_its_sources(run_cli: RunCli, recorded_bundle: BundleOf, tmp_path: Path):
+    wrapper = tmp_path / "rosetta" / "model" / "wrapper.py"
+    wrapper.parent.mkdir(parents=True)
+    wrapper.touch()
+    path = recorded_bundle(UNALIGNED)
+    code, _, err = run_cli(path, "--reference", tmp_path, "--receiver", tmp_path / "gone")
+    assert code == 2
+    assert "gone is not there; name it with --receiver" in err
+    code, _, err = run_cli(path, "--reference", tmp_path, "--sharer", GOLDEN)
+    assert code == 2
+    assert "1 --sharer and 0 --fuser given" in err
+    code, _, err = run_cli(path, "--reference", tmp_path, "--reference-python", tmp_path / "python")
+    assert code == 2
+    assert "no such interpreter" in err
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_text_to_text_needs_the_sharers_own_bundle(run_cli: RunCli, recorded_bundle: BundleOf):
+    path = recorded_bundle(UNALIGNED)
+    code, _, err = run_cli(path, "--text-to-text", path)
+    assert code == 2
+    assert "expected the files of the pair's sharer" in err
+
+
+@pytest.mark.xdist_group(ALIGNED)
+def test_a_template_longer_than_the_prompt_is_named(run_cli: RunCli, recorded_bundle: BundleOf):
+    code, _, err = run_cli(recorded_bundle(ALIGNED), "--prompt-tokens", 2, "--new-tokens", 4)
+    assert code == 2
+    assert "--prompt-tokens 2: the chat template alone takes as many" in err
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_a_missing_library_is_named_with_its_extra(
+    run_cli: RunCli, recorded_bundle: BundleOf, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("c2c_export.bench.options.find_spec", lambda _: None)
+    for option, module in ((("--plot", "a.png"), "matplotlib"), (("--roofline",), "onnx_ir")):
+        code, _, err = run_cli(recorded_bundle(UNALIGNED), *option)
+        assert code == 2
+        assert module in err
+        assert "c2c-export[bench]" in err
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_the_json_holds_what_the_tables_show(run_cli: RunCli, recorded_bundle: BundleOf, tmp_path: Path):
+    path = tmp_path / "report.json"
+    small = ("--threads", 1, "--new-tokens", 3, "--repeats", 1, "--prompt-tokens", 8)
+    code, out, err = run_cli(recorded_bundle(UNALIGNED), *small, "--json", path)
+    assert code == 0, err
+    (prompt,) = json.loads(path.read_text())["prompts"]
+    assert f"{prompt['c2c']['ttft']:.3f}" in out
+    assert f"{prompt['c2c']['decode_ms_per_token']:.2f}" in out

@@ -1,0 +1,137 @@
+"""What the research code is asked is the recorded prompt, padding and all; where its checkout is there, it is run."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from c2c_export.bench.options import ReferenceOptions
+from c2c_export.bench.reference import compare, make_request, padded_prompt, run_reference
+from c2c_export.bench.reference_process import ReferenceResult, ReferenceRun
+from c2c_export.bench.report import PhaseTimes, PromptRecord
+from c2c_export.errors import C2CError, UsageError
+from runtime import C2CPipeline, Message
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+UNALIGNED, ALIGNED, CLOSING_PADDING = "qwen3_from_qwen2", "llama_from_gemma3_aligned", "qwen3_from_llama_aligned"
+TWO_SHARERS = "two_sharers_sequential"
+CHECKOUT = os.environ.get("C2C_REFERENCE")
+
+PipelineOf = Callable[[str], C2CPipeline]
+needs_checkout = pytest.mark.skipif(CHECKOUT is None, reason="C2C_REFERENCE names no checkout of thu-nics/C2C")
+
+
+def times(ttft: float, milliseconds: float) -> PhaseTimes:
+    return PhaseTimes(
+        ttft=ttft,
+        sharer_prefill=0.0,
+        receiver_prefill=ttft,
+        fuse=0.0,
+        rest=0.0,
+        decode_ms_per_token=milliseconds,
+        tokens_per_second=1000 / milliseconds,
+    )
+
+
+def prompt_record(ttft: float, milliseconds: float) -> PromptRecord:
+    return PromptRecord(
+        asked_tokens=8,
+        receiver_tokens=8,
+        sharer_tokens=7,
+        fused_tokens=7,
+        c2c=times(ttft, milliseconds),
+        receiver_alone=times(ttft, milliseconds),
+        memory=None,
+    )
+
+
+@pytest.mark.parametrize(
+    "pair", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in (ALIGNED, CLOSING_PADDING)]
+)
+def test_an_aligned_prompt_is_padded_as_it_was_recorded(pair: str, recorded_pipeline: PipelineOf):
+    pipeline = recorded_pipeline(pair)
+    expected = load_file(GOLDEN / pair / "expected.safetensors")
+    cases = json.loads((GOLDEN / pair / "case.json").read_text())["cases"]
+    for number, case in enumerate(cases):
+        plan = pipeline.make_plan([Message(**message) for message in case["messages"]], [], (0,))
+        prompt = padded_prompt(plan)
+        assert [(length, mask != -1) for length, mask in case["sections"]] == prompt.sections
+        for row, model in enumerate(("receiver", "sharer")):
+            real = ~expected[f"{number}.{model}_padding_mask"][0].astype(bool)
+            np.testing.assert_array_equal(np.array(prompt.attention_masks[row]).astype(bool), real)
+            np.testing.assert_array_equal(np.array(prompt.ids[row])[real], expected[f"{number}.{model}_ids"][0][real])
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_sources_are_the_manifests_unless_given(recorded_pipeline: PipelineOf):
+    pipeline = recorded_pipeline(UNALIGNED)
+    manifest = pipeline.bundle.manifest
+    folder = GOLDEN / UNALIGNED
+    given = ReferenceOptions(Path(), None, str(folder / "receiver"), [str(folder / "sharer")], [str(folder / "fuser")])
+    plan = pipeline.make_plan(None, [1, 2, 3], (0,))
+    request = make_request(given, manifest, [plan], threads=3, new_tokens=4, repeats=2)
+    assert (request.receiver, request.sharers) == (str(folder / "receiver"), [str(folder / "sharer")])
+    assert (request.threads, request.new_tokens, request.repeats) == (3, 4, 2)
+    assert request.prompts[0].ids == [[1, 2, 3], [1, 2, 3]]
+    assert request.prompts[0].sections == [(2, True), (1, False)]
+    moved = manifest.model_copy(update={"receiver": manifest.receiver.model_copy(update={"source": "/gone"})})
+    with pytest.raises(UsageError, match=r"/gone.*--receiver"):
+        make_request(ReferenceOptions(Path()), moved, [plan], threads=1, new_tokens=4, repeats=1)
+
+
+def test_ratios_are_the_research_codes_times_over_ours():
+    run = ReferenceRun(ttft=3.0, sharer_prefill=1.0, receiver_prefill=1.5, step=0.2, token_ids=[5, 6, 9, 8])
+    result = ReferenceResult({"torch": "2"}, 7, [run])
+    (found,) = compare(result, [prompt_record(1.5, 50.0)], [[5, 6, 7, 8]], "C2C").prompts
+    assert found.fuse == pytest.approx(0.5)
+    assert (found.ttft_ratio, found.decode_ratio) == (pytest.approx(2.0), pytest.approx(4.0))
+    assert (found.equal_tokens, found.new_tokens) == (2, 4)
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_a_checkout_that_fails_is_an_error_with_its_reason(recorded_pipeline: PipelineOf, tmp_path: Path):
+    pipeline, folder = recorded_pipeline(UNALIGNED), GOLDEN / UNALIGNED
+    given = ReferenceOptions(
+        tmp_path, None, str(folder / "receiver"), [str(folder / "sharer")], [str(folder / "fuser")]
+    )
+    plan = pipeline.make_plan(None, [1, 2, 3], (0,))
+    request = make_request(given, pipeline.bundle.manifest, [plan], threads=1, new_tokens=2, repeats=1)
+    with pytest.raises(C2CError, match="the research code failed: ModuleNotFoundError: No module named 'rosetta'"):
+        run_reference(request, None)
+
+
+@needs_checkout
+@pytest.mark.parametrize(
+    "pair", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in (UNALIGNED, ALIGNED, TWO_SHARERS)]
+)
+def test_the_research_code_gives_the_same_tokens(pair: str, recorded_pipeline: PipelineOf):
+    assert CHECKOUT is not None
+    pipeline, folder = recorded_pipeline(pair), GOLDEN / pair
+    manifest = pipeline.bundle.manifest
+    given = ReferenceOptions(
+        Path(CHECKOUT),
+        None,
+        str(folder / "receiver"),
+        [str(path) for path in sorted(folder.glob("sharer*"))],
+        [str(path) for path in sorted(folder.glob("fuser*"))],
+    )
+    sharers = tuple(range(len(manifest.sharers)))
+    question = "Which country is the city of Porto in?"
+    if manifest.aligned:
+        plan = pipeline.make_plan([Message("user", question)], [], sharers)
+        ours = pipeline.generate(question, max_new_tokens=6, ignore_eos=True).token_ids
+    else:
+        ids = list(range(40, 60))
+        plan = pipeline.make_plan(None, ids, sharers)
+        ours = pipeline.generate(input_ids=ids, max_new_tokens=6, ignore_eos=True).token_ids
+    result = run_reference(make_request(given, manifest, [plan], threads=1, new_tokens=6, repeats=1), None)
+    (run,) = result.runs
+    assert 0 < run.receiver_prefill < run.ttft
+    assert 0 < run.sharer_prefill < run.ttft
+    assert run.step > 0
+    # From the second token on the research code attends to an aligned prompt's padding, which it was not trained to.
+    assert run.token_ids[:1] == ours[:1] if manifest.aligned else run.token_ids == ours
