@@ -22,7 +22,8 @@ _HEAD_SIZE_MULTIPLE = 8
 def lower_decoder(model: ir.Model) -> dict[str, int]:
     """Lower `model` in place; return how often each rule applied, by name.
 
-    A model whose head size the operator does not take stays as it is, and no rule applies. Raises `C2CError` naming the layer where an attention, a norm or a rotation was not matched.
+    A model whose head size the operator does not take stays as it is, and no rule applies. Raises
+    `C2CError` naming the layer where an attention, a norm or a rotation was not matched.
     """
     model.opset_imports[DOMAIN] = _DOMAIN_VERSION
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
