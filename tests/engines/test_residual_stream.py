@@ -94,3 +94,19 @@ def test_gemmas_scale_of_the_embedding_is_not_rounded(recorded_bundle: Callable[
     (scale,) = (use.node for use in cast.outputs[0].uses())
     assert (cast.op_type, scale.op_type) == ("Cast", "Mul")
     assert {value.dtype for value in (*scale.inputs, *scale.outputs)} == {FLOAT}
+
+
+@pytest.mark.xdist_group("llama_from_gemma3_aligned")
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_chosen_tokens_row_of_the_residual_stream_stays_float32(
+    precision: str, recorded_bundle: Callable[[str], Path]
+):
+    model = ir.load(recorded_bundle("llama_from_gemma3_aligned") / "graphs" / "receiver.onnx")
+    lower_precision(model, precision, is_fuser=False)
+    low = {"fp16": FLOAT16, "bf16": BFLOAT16}[precision]
+    choices = [node for node in model.graph if node.op_type == "GatherElements"]
+    # What attention gave, and the sum that it is added to.
+    assert {node.outputs[0].dtype for node in choices} == {FLOAT, low}
+    (residual,) = (node for node in choices if node.outputs[0].dtype == FLOAT)
+    assert residual.inputs[0].producer().op_type == "Add"
+    assert [use.node.op_type for use in residual.outputs[0].uses()] == ["Add"]
