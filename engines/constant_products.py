@@ -11,6 +11,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+_PRODUCTS = ("MatMul", "FusedMatMul", "MatMulNBits")
+
 
 @dataclass(frozen=True)
 class ConstantProduct:
@@ -61,7 +63,7 @@ def lm_head(graph: ir.Graph) -> ir.Node | None:
     value = next((output for output in graph.outputs if output.name == "logits"), None)
     while value is not None:
         node = value.producer()
-        if node is None or node.op_type in ("MatMul", "FusedMatMul"):
+        if node is None or node.op_type in _PRODUCTS:
             return node
         value = node.inputs[0]
     return None

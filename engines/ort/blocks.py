@@ -96,8 +96,9 @@ def quantize_with_offsets(weight: FloatMatrix) -> tuple[Blocks, FloatMatrix]:
     K must be a multiple of 32. The blocks' error is that with the offsets.
     """
     fitted = _fit_all(weight, _whole_range)
-    rounded = np.clip(np.rint(fitted.zero_points), 0, 15)
-    offsets: FloatMatrix = fitted.scales * (rounded - fitted.zero_points)
+    rounded: FloatMatrix = np.rint(fitted.zero_points)
+    np.clip(rounded, 0, 15, out=rounded)
+    offsets = fitted.scales * (rounded - fitted.zero_points)
     return Blocks(fitted.values, fitted.scales, rounded.astype(np.uint8), 4, fitted.error), offsets.T
 
 
