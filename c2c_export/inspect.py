@@ -116,7 +116,7 @@ def _engines(bundle: Bundle) -> Table:
         table.add_row(
             engine.target,
             engine.precision,
-            f"{num_bytes / 1e6:.1f} MB",
+            f"{num_bytes / 1e6:.1f} MB{'' if engine.weights_folder is None else ', weights shared'}",
             "not checked" if engine.check is None else "checked",
             "" if build is None else _gpus(engine.target, build),
             "" if build is None or build.profile_sizes is None else str(build.profile_sizes.max_batch),
@@ -132,6 +132,8 @@ def _gpus(target: str, build: BuildRecord) -> str:
 
 
 def _built_graphs(name: str, build: BuildRecord) -> Table:
+    if build.profile_sizes is None:
+        return _lowered_graphs(name, build)
     table = Table(
         "graph",
         "size",
@@ -150,11 +152,24 @@ def _built_graphs(name: str, build: BuildRecord) -> Table:
     return table
 
 
-def _layers(built: BuiltGraphRecord) -> Iterator[str]:
+def _lowered_graphs(name: str, build: BuildRecord) -> Table:
+    """The graphs of an engine on ONNX Runtime, which takes any shape."""
+    table = Table("graph", "size", "weights", "rules (times applied)", title=name, title_justify="left")
+    for graph, built in build.graphs.items():
+        rules = ", ".join(f"{rule} {count}" for rule, count in built.rules.items())
+        table.add_row(graph, f"{built.num_bytes / 1e6:.1f} MB", "\n".join(_weights(built)), rules or "none")
+    return table
+
+
+def _weights(built: BuiltGraphRecord) -> Iterator[str]:
     if built.quantized_weights or built.float_weights:
         yield f"{built.quantized_weights} integer weights"
     if built.float_weights:
-        yield f"{built.float_weights} weights in fp16 (their shape does not allow integers)"
+        yield f"{built.float_weights} weights in floating point (their shape does not allow integers)"
+
+
+def _layers(built: BuiltGraphRecord) -> Iterator[str]:
+    yield from _weights(built)
     if built.layers is None:
         return
     if built.layers.attention:

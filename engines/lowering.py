@@ -38,7 +38,7 @@ def lower(path: Path, target: str, precision: str, *, is_fuser: bool) -> Lowered
     """
     model = ir.load(path)
     if target == "ort-cpu":
-        return _lower_for_cpu(model, is_fuser=is_fuser)
+        return _lower_for_cpu(model, precision, is_fuser=is_fuser)
     quantized = kept = 0
     if precision in ("int8", "int4"):
         quantized = quantize_weights(model, "int8" if precision == "int8" else "int4")
@@ -47,13 +47,18 @@ def lower(path: Path, target: str, precision: str, *, is_fuser: bool) -> Lowered
     return LoweredGraph(model, quantized, kept, lower_precision(model, precision, is_fuser=is_fuser))
 
 
-def _lower_for_cpu(model: ir.Model, *, is_fuser: bool) -> LoweredGraph:
+def _lower_for_cpu(model: ir.Model, precision: str, *, is_fuser: bool) -> LoweredGraph:
     # Only this target needs onnxscript.
     from engines.ort.lower import lower_decoder
     from engines.ort.lower_fuser import lower_fuser
+    from engines.ort.quantize import quantize_for_cpu
 
     rules = lower_fuser(model) if is_fuser else lower_decoder(model)
-    return LoweredGraph(model, quantized_weights=0, float_weights=0, casts=0, rules=rules)
+    if precision == "fp32":
+        return LoweredGraph(model, quantized_weights=0, float_weights=0, casts=0, rules=rules)
+    counts = quantize_for_cpu(model, "int8" if precision == "int8" else "int4")
+    rules |= {"add_offsets": counts.with_offsets, "quantize_embeddings": counts.embeddings}
+    return LoweredGraph(model, counts.matrices, counts.kept_in_float, casts=0, rules=rules)
 
 
 def save_lowered(lowered: LoweredGraph, path: Path, *, own_weights: bool = True) -> None:

@@ -17,7 +17,7 @@ def build_obstacle(target: Target, machine: Machine, precision: str | None = Non
     missing = [name for name in LOWERING_MODULES if machine.modules[name].version is None]
     if missing:
         install = "pip install 'c2c-export[build]'" if target.runs_on_onnx_runtime else target.pip
-        return f"{' and '.join(missing)} cannot be imported; install them with: {install}"
+        return f"{', '.join(missing)} cannot be imported; install them with: {install}"
     if target.runs_on_onnx_runtime:
         return None
     obstacle = _module_obstacle(target, machine)

@@ -18,7 +18,6 @@ biases, norms, and the matrices that `float_weights` names, whose shape does not
 in floating point. Calibration with data (AWQ, GPTQ) is not covered.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +29,7 @@ from onnx import TensorProto
 from onnx_ir.passes import common
 from onnxruntime.quantization.quant_utils import quantize_nparray
 
+from engines.constant_products import ConstantProduct, constant_products, lm_head, register_constant
 from engines.precision import check_range
 
 WeightPrecision = Literal["int8", "int4"]
@@ -60,30 +60,15 @@ class _Quantized:
         return largest.astype(np.float32).reshape(self.scales.shape) * self.scales
 
 
-@dataclass(frozen=True)
-class _Product:
-    """A MatMul whose right-hand side is constant: `weight`, or its transpose."""
-
-    node: ir.Node
-    weight: ir.Value
-    transposed: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(K, N)."""
-        rows, columns = (int(size) for size in _tensor(self.weight).shape)
-        return (columns, rows) if self.transposed else (rows, columns)
-
-
 def quantize_weights(model: ir.Model, precision: WeightPrecision) -> int:
     """Quantise the weights of `model` in place; return how many matrices became integers.
 
     A matrix that several products share is quantised, and counted, once. What had to stay is told by `float_weights`.
     Raises `C2CError` naming the layer of a weight that float16, in which the engine computes, cannot hold.
     """
-    head = _lm_head(model.graph)
-    products: dict[tuple[ir.Value, bool, WeightPrecision], list[_Product]] = {}
-    for product in _constant_products(model.graph):
+    head = lm_head(model.graph)
+    products: dict[tuple[ir.Value, bool, WeightPrecision], list[ConstantProduct]] = {}
+    for product in constant_products(model.graph):
         chosen: WeightPrecision = "int8" if product.node is head else precision
         if _block_size(product.shape, chosen) is not None:
             products.setdefault((product.weight, product.transposed, chosen), []).append(product)
@@ -97,33 +82,7 @@ def quantize_weights(model: ir.Model, precision: WeightPrecision) -> int:
 
 def float_weights(model: ir.Model) -> list[str]:
     """The names of the constant matrices that products still read in floating point."""
-    return sorted({str(product.weight.name) for product in _constant_products(model.graph)})
-
-
-def _constant_products(graph: ir.Graph) -> Iterator[_Product]:
-    for node in list(graph):
-        if node.op_type != "MatMul":
-            continue
-        weight = node.inputs[1]
-        assert weight is not None
-        producer = weight.producer()
-        transposed = producer is not None and producer.op_type == "Transpose"
-        if producer is not None and transposed:
-            weight = producer.inputs[0]
-            assert weight is not None
-        if weight.const_value is not None and weight.is_initializer() and len(weight.const_value.shape) == 2:
-            yield _Product(node, weight, transposed)
-
-
-def _lm_head(graph: ir.Graph) -> ir.Node | None:
-    """The product that gives the logits, or what scales them gives; None in a graph without logits."""
-    value = next((output for output in graph.outputs if output.name == "logits"), None)
-    while value is not None:
-        node = value.producer()
-        if node is None or node.op_type == "MatMul":
-            return node
-        value = node.inputs[0]
-    return None
+    return sorted({str(product.weight.name) for product in constant_products(model.graph)})
 
 
 def _block_size(shape: tuple[int, int], precision: WeightPrecision) -> int | None:
@@ -137,9 +96,8 @@ def _block_size(shape: tuple[int, int], precision: WeightPrecision) -> int | Non
     return None if shape == (block_size, 1) else block_size
 
 
-def _insert_dequantized(graph: ir.Graph, product: _Product, precision: WeightPrecision) -> ir.Value:
-    array = _tensor(product.weight).numpy()
-    weight = np.ascontiguousarray(array.T if product.transposed else array, dtype=np.float32)
+def _insert_dequantized(graph: ir.Graph, product: ConstantProduct, precision: WeightPrecision) -> ir.Value:
+    weight = np.ascontiguousarray(product.matrix())
     check_range(weight, ir.DataType.FLOAT, product.node)
     block_size = _block_size(product.shape, precision)
     assert block_size is not None
@@ -151,7 +109,7 @@ def _insert_dequantized(graph: ir.Graph, product: _Product, precision: WeightPre
         quantized, attributes = quantize_blocks(weight, block_size), {"axis": 0, "block_size": block_size}
         values = ir.Tensor(quantized.values.astype(ir.DataType.INT4.numpy()), dtype=ir.DataType.INT4, name=name)
     scales = ir.Tensor(quantized.scales, name=f"{name}.scales")
-    node = ir.node("DequantizeLinear", [_register(graph, values), _register(graph, scales)], attributes)
+    node = ir.node("DequantizeLinear", [register_constant(graph, values), register_constant(graph, scales)], attributes)
     check_range(quantized.largest, ir.DataType.FLOAT16, product.node)
     dequantized = node.outputs[0]
     dequantized.name, dequantized.dtype = f"{name}.dequantized", ir.DataType.FLOAT
@@ -205,15 +163,3 @@ def _float16_not_below(scales: FloatMatrix) -> FloatMatrix:
     nearest = positive.astype(np.float16)
     above = np.where(nearest < positive, np.nextafter(nearest, np.float16(np.inf)), nearest)
     return above.astype(np.float32)
-
-
-def _tensor(weight: ir.Value) -> ir.TensorProtocol:
-    tensor = weight.const_value
-    assert tensor is not None
-    return tensor
-
-
-def _register(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value

@@ -2,11 +2,13 @@
 
     python scripts/measure_accuracy.py BUNDLE --prompts tests/golden/qwen3_from_qwen2
     python scripts/measure_accuracy.py BUNDLE --prompts tests/demo_pair --questions 100
+    python scripts/measure_accuracy.py BUNDLE --prompts tests/demo_pair --questions 100 --engine ort-cpu
 
 In: a bundle; a folder of recorded prompts (`case.json` with `expected.safetensors`, or `expected.json`). Out: Markdown
 tables on standard output, and all numbers in `--json FILE`. docs/accuracy.md explains the columns.
 
-The graphs are those that TensorRT builds from; no GPU is needed. Each precision is run in two ways:
+With `--engine ort-cpu` the graphs are those of ONNX Runtime's CPU provider in int8 and int4, and are run as they are.
+Without it they are those that TensorRT builds from; no GPU is needed. Each precision is then run in two ways:
 
 - *kernels*: the graph as it is, on ONNX Runtime's CPU provider. Where that has no kernel of the precision it computes
   in float32 by itself and keeps intermediate values there, so this is closer to float32 than a GPU is. A graph with
@@ -35,12 +37,13 @@ from c2c_export.bundle import Bundle, EngineRecord, hash_folder
 from c2c_export.errors import C2CError, UsageError
 from engines.lowering import lower
 from engines.precision import DTYPES
-from engines.quantize import float_weights
 from runtime import C2CPipeline
 
 NUM_TOKENS = 32
-PRECISIONS = ("fp16", "bf16", "int8", "int4")
 QUANTISED = ("int8", "int4")
+PRECISIONS = {"tensorrt": ("fp16", "bf16", *QUANTISED), "ort-cpu": QUANTISED}
+# The first way is that of the questions.
+WAYS = {"tensorrt": ("rounded", "kernels"), "ort-cpu": ("kernels",)}
 _FLOAT = ir.DataType.FLOAT
 # Their results are copies of their inputs' elements.
 _COPYING = frozenset(
@@ -48,7 +51,9 @@ _COPYING = frozenset(
     | {"TensorScatter", "Transpose", "Unsqueeze"}
 )
 _END_OF_TURN = "<|im_end|>"
-_ENGINE = "ort-cpu"
+_RUN_ON = "ort-cpu"
+# All of TensorRT's lowered graphs are the same.
+_TARGETS = {"tensorrt": "tensorrt-rtx", "ort-cpu": "ort-cpu"}
 # In place of what is generated from logits that are not finite.
 _NO_TOKEN = -1
 COLUMNS = (
@@ -109,7 +114,9 @@ class Weights:
     """What quantisation did to a graph."""
 
     quantised: int
-    kept_in_float: list[str]
+    with_offsets: int
+    """Always 0 for TensorRT."""
+    kept_in_float: int
 
 
 @dataclass(frozen=True)
@@ -134,10 +141,13 @@ def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--prompts", type=Path, required=True, help="folder with recorded prompts")
-    parser.add_argument("--precision", action="append", choices=PRECISIONS, help="all of them by default; repeatable")
-    parser.add_argument("--way", action="append", choices=("kernels", "rounded"), help="both by default; repeatable")
     parser.add_argument(
-        "--questions", type=int, default=0, help="how many questions of facts.json to ask (rounded only)"
+        "--engine", choices=tuple(PRECISIONS), default="tensorrt", help="whose graphs; tensorrt by default"
+    )
+    parser.add_argument("--precision", action="append", help="all that the engine has by default; repeatable")
+    parser.add_argument("--way", action="append", help="all that the engine has by default; repeatable")
+    parser.add_argument(
+        "--questions", type=int, default=0, help="how many questions of facts.json to ask (of TensorRT's, rounded only)"
     )
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--json", type=Path, help="file for all numbers")
@@ -145,10 +155,12 @@ def _parse_options() -> argparse.Namespace:
 
 
 def _measure(options: argparse.Namespace) -> None:
+    precisions = _chosen(options.precision, PRECISIONS[options.engine], "--precision", options.engine)
+    ways = _chosen(options.way, WAYS[options.engine], "--way", options.engine)
     bundle = Bundle.open(options.bundle)
     prompts = read_prompts(options.prompts)
     questions = read_questions(options.prompts, options.questions) if options.questions else []
-    reference = C2CPipeline(bundle, _ENGINE, "fp32", 1, options.threads)
+    reference = C2CPipeline(bundle, _RUN_ON, "fp32", 1, options.threads)
     expected = [answer(reference, prompt) for prompt in prompts]
     print(f"{options.bundle.name}: {len(prompts)} prompts of {options.prompts}, {NUM_TOKENS} greedy tokens each\n")
     print("| precision | way | " + " | ".join(COLUMNS) + " |\n" + "| --- " * (2 + len(COLUMNS)) + "|", flush=True)
@@ -156,13 +168,13 @@ def _measure(options: argparse.Namespace) -> None:
     quantised: dict[str, dict[str, Weights]] = {}
     accuracies = {"fp32": share_correct(reference, questions)} if questions else {}
     del reference
-    for precision in options.precision or PRECISIONS:
-        for way in options.way or ("kernels", "rounded"):
+    for precision in precisions:
+        for way in ways:
             with tempfile.TemporaryDirectory() as folder:
-                weights = write_graphs(bundle, Path(folder), precision, rounded=way == "rounded")
+                weights = write_graphs(bundle, Path(folder), options.engine, precision, rounded=way == "rounded")
                 try:
                     pipe = C2CPipeline(
-                        _with_engine(bundle, Path(folder), precision), _ENGINE, precision, 1, options.threads
+                        _with_engine(bundle, Path(folder), precision), _RUN_ON, precision, 1, options.threads
                     )
                 except C2CError as error:
                     print(f"| {precision} | {way} | not run: {_reason(error)} |", flush=True)
@@ -171,10 +183,11 @@ def _measure(options: argparse.Namespace) -> None:
                 print(f"| {precision} | {way} | {_row(distance)} |", flush=True)
                 numbers[f"{precision} {way}"] = asdict(distance)
                 quantised |= {precision: weights} if precision in QUANTISED else {}
-                if questions and way == "rounded":
+                if questions and way == WAYS[options.engine][0]:
                     accuracies[precision] = share_correct(pipe, questions)
     if quantised:
-        print(f"\n| precision | graph | integer matrices | left in float |\n{'| --- ' * 4}|\n{_weight_rows(quantised)}")
+        header = "| precision | graph | integer matrices | with offsets | left in float |"
+        print(f"\n{header}\n{'| --- ' * 5}|\n{_weight_rows(quantised)}")
     if questions:
         print(f"\n| precision | receiver alone | with the sharer |\n| --- | --- | --- |\n{_accuracy_rows(accuracies)}")
     if options.json:
@@ -184,6 +197,14 @@ def _measure(options: argparse.Namespace) -> None:
         }
         content = {"distances": numbers, "weights": weights_by_name, "accuracies": accuracies}
         options.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _chosen(wanted: list[str] | None, known: tuple[str, ...], option: str, engine: str) -> tuple[str, ...]:
+    """What the option asks for, or all that there is, in the order of `known`."""
+    unknown = set(wanted or ()) - set(known)
+    if unknown:
+        raise UsageError(f"{option} {min(unknown)}: {engine} has {', '.join(known)}")
+    return tuple(name for name in known if name in (wanted or known))
 
 
 def read_prompts(folder: Path) -> list[Prompt]:
@@ -211,13 +232,15 @@ def read_questions(folder: Path, count: int) -> list[Question]:
     ]
 
 
-def write_graphs(bundle: Bundle, folder: Path, precision: str, *, rounded: bool) -> dict[str, Weights]:
-    """Write every graph of `bundle` in `precision` as `folder`/<name>.onnx."""
+def write_graphs(bundle: Bundle, folder: Path, engine: str, precision: str, *, rounded: bool) -> dict[str, Weights]:
+    """Write every graph of `bundle`, as `engine` has it in `precision`, as `folder`/<name>.onnx."""
     weights = {}
     for name, record in bundle.manifest.graphs.items():
-        lowered = lower(bundle.file(record.path), "tensorrt-rtx", precision, is_fuser=name.startswith("fuser"))
+        is_fuser = name.startswith("fuser")
+        lowered = lower(bundle.file(record.path), _TARGETS[engine], precision, is_fuser=is_fuser)
         model = lowered.model
-        weights[name] = Weights(lowered.quantized_weights, float_weights(model))
+        with_offsets = lowered.rules.get("add_offsets", 0)
+        weights[name] = Weights(lowered.quantized_weights, with_offsets, lowered.float_weights)
         if rounded:
             round_every_result(model, DTYPES["bf16" if precision == "bf16" else "fp16"])
         ir.save(model, folder / f"{name}.onnx", external_data=f"{name}.onnx.data")
@@ -373,9 +396,9 @@ def _with_engine(bundle: Bundle, folder: Path, precision: str) -> Bundle:
         if not (folder / path).exists():
             (folder / path).symlink_to((bundle.root / path).absolute())
     graphs = {path.stem: path.name for path in sorted(folder.glob("*.onnx"))}
-    engine = EngineRecord(target=_ENGINE, precision=precision, graphs=graphs)
+    engine = EngineRecord(target=_RUN_ON, precision=precision, graphs=graphs)
     kept = {path: digest for path, digest in bundle.manifest.files.items() if not path.startswith("graphs/")}
-    update = {"engines": {f"{_ENGINE}-{precision}": engine}, "files": {**kept, **hash_folder(folder)}}
+    update = {"engines": {f"{_RUN_ON}-{precision}": engine}, "files": {**kept, **hash_folder(folder)}}
     return Bundle(folder, bundle.manifest.model_copy(update=update))
 
 
@@ -390,7 +413,7 @@ def _row(distance: Distance) -> str:
 
 def _weight_rows(quantised: dict[str, dict[str, Weights]]) -> str:
     return "\n".join(
-        f"| {precision} | {name} | {weights.quantised} | {len(weights.kept_in_float)} |"
+        f"| {precision} | {name} | {weights.quantised} | {weights.with_offsets} | {weights.kept_in_float} |"
         for precision, graphs in quantised.items()
         for name, weights in graphs.items()
     )

@@ -25,6 +25,7 @@ def machine(*gpus: Gpu, rtx: str | None = "1.7.1.116", onnx_runtime: OnnxRuntime
         CUDA_PYTHON: Module("13.4.4"),
         "onnx": Module("1.23.2"),
         "onnx_ir": Module("1.1.0"),
+        "onnxscript": Module("0.7.2"),
     }
     runtime = onnx_runtime or OnnxRuntime({"onnxruntime": "1.32.0"}, None, ("CPUExecutionProvider",))
     return Machine(gpus, None if gpus else "no GPU: no NVIDIA driver", "580.65.06" if gpus else None, modules, runtime)
@@ -141,12 +142,13 @@ def test_it_works_where_onnx_runtime_is_broken(content: str, said: str, tmp_path
 
 
 def test_it_works_where_neither_cuda_nor_tensorrt_nor_the_exporters_libraries_are_installed(tmp_path: Path):
-    for name in ("cuda", "tensorrt", "tensorrt_rtx", "onnx", "onnx_ir"):
+    for name in ("cuda", "tensorrt", "tensorrt_rtx", "onnx", "onnx_ir", "onnxscript"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}', name='{name}')\n")
     done = run_doctor(path=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert row_of(done.stdout, "tensorrt-rtx")[2:] == ["no", "1.7.1.116", "no", "no"]
     assert (
-        "onnx and onnx_ir cannot be imported; install them with: pip install 'c2c-export[tensorrt-rtx]'" in done.stdout
+        "onnx, onnx_ir, onnxscript cannot be imported; install them with: pip install 'c2c-export[tensorrt-rtx]'"
+        in done.stdout
     )
     assert "cuda-python: not installed" in done.stdout

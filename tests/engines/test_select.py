@@ -40,6 +40,7 @@ def machine(
         CUDA_PYTHON: Module("13.4.4"),
         "onnx": Module("1.23.2"),
         "onnx_ir": Module("1.1.0"),
+        "onnxscript": Module("0.7.2"),
     }
     return Machine(gpus, cuda_problem or (None if gpus else "no GPU: no NVIDIA driver"), None, modules, onnx_runtime)
 

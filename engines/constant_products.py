@@ -1,0 +1,83 @@
+"""Find the matrix products of a graph whose right-hand matrix is constant: what quantisation replaces.
+
+In: a graph. Out: its `ConstantProduct`s. The matrix may be given as it is, through `Transpose` (an LM head that shares
+the embedding), or, in a graph lowered for ONNX Runtime, to `FusedMatMul` with `transB`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+_PRODUCTS = ("MatMul", "FusedMatMul", "MatMulNBits")
+
+
+@dataclass(frozen=True)
+class ConstantProduct:
+    """A product whose right-hand side is constant: `weight`, or its transpose."""
+
+    node: ir.Node
+    weight: ir.Value
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(K, N)."""
+        rows, columns = (int(size) for size in constant_tensor(self.weight).shape)
+        return (columns, rows) if self.transposed else (rows, columns)
+
+    def matrix(self) -> NDArray[np.float32]:
+        """The right-hand matrix [K,N]; it may be a view of the weight, and is read from its file if it lies in one."""
+        array = constant_tensor(self.weight).numpy()
+        return np.asarray(array.T if self.transposed else array, dtype=np.float32)
+
+
+def constant_products(graph: ir.Graph) -> Iterator[ConstantProduct]:
+    """The products of `graph` with a constant matrix, in the order of its nodes, which may change meanwhile."""
+    for node in list(graph):
+        transposed = node.op_type == "FusedMatMul" and _only_transposes_weight(node)
+        if node.op_type != "MatMul" and not transposed:
+            continue
+        weight = node.inputs[1]
+        assert weight is not None
+        producer = weight.producer()
+        if not transposed and producer is not None and producer.op_type == "Transpose":
+            transposed = True
+            weight = producer.inputs[0]
+            assert weight is not None
+        if weight.const_value is not None and weight.is_initializer() and len(weight.const_value.shape) == 2:
+            yield ConstantProduct(node, weight, transposed)
+
+
+def _only_transposes_weight(node: ir.Node) -> bool:
+    """Whether a FusedMatMul is x @ W^T, neither scaled nor transposed in another way."""
+    attributes = node.attributes
+    unused = all(attributes.get_int(name, 0) == 0 for name in ("transA", "transBatchA", "transBatchB"))
+    return unused and attributes.get_int("transB", 0) == 1 and attributes.get_float("alpha", 1.0) == 1.0
+
+
+def lm_head(graph: ir.Graph) -> ir.Node | None:
+    """The product that gives the logits, or what scales them gives; None in a graph without logits."""
+    value = next((output for output in graph.outputs if output.name == "logits"), None)
+    while value is not None:
+        node = value.producer()
+        if node is None or node.op_type in _PRODUCTS:
+            return node
+        value = node.inputs[0]
+    return None
+
+
+def constant_tensor(weight: ir.Value) -> ir.TensorProtocol:
+    """The tensor of an initializer."""
+    tensor = weight.const_value
+    assert tensor is not None
+    return tensor
+
+
+def register_constant(graph: ir.Graph, tensor: ir.TensorProtocol) -> ir.Value:
+    """A new initializer of `graph` that has the tensor's name."""
+    value = ir.Value(name=tensor.name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+    graph.register_initializer(value)
+    return value

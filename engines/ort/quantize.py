@@ -1,0 +1,225 @@
+"""Integer weights for ONNX Runtime's CPU provider: constant matrices become `MatMulNBits`, embeddings 8-bit tables.
+
+In: a graph in float32, portable or lowered for ONNX Runtime. Out: the same graph, changed in place, still in float32
+but for
+
+- the constant right-hand matrix of each product, in blocks of 32 rows with a scale and a zero point
+  (`engines.ort.blocks`): 8 bits in "int8", 4 bits in "int4", where the LM head still has 8;
+- embeddings, the tables of `Gather`: 8 bits in both precisions, in `GatherBlockQuantized`.
+
+In 4 bits a matrix may have *offsets*, what rounding its zero points leaves over: a number for each block, to be added
+to all of its weights. A product with them is one with the sums of 32 activations each,
+
+    x W = s x (v - z) + [sums of 32 of x] offsets
+
+so the sums are put behind x, the offsets below W, and one `MatMulNBits` does both. That is 3 % more to multiply. It is
+done where it removes most of the error, as in weights that come from files in Q4_1 or Q4_K: 4 bits hold those exactly
+but for the zero point. docs/accuracy.md has the measurements behind every choice here.
+
+A graph that generates tokens (it has logits) multiplies activations rounded to 8 bits (`accuracy_level` 4), several
+times faster for single tokens; other graphs, which only read prompts, multiply them in float32 (level 1), faster for
+many. `use_float_activations` makes of the former a graph for prompts, with the same weights.
+
+Not quantised: biases, norms, matrices with fewer than 32 rows, and products of two activations. The integers of all
+matrices are in memory until the graph is saved; they are what the engine itself will need.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from c2c_export.errors import C2CError
+from engines.constant_products import ConstantProduct, constant_products, constant_tensor, lm_head, register_constant
+from engines.model_layers import model_layer
+from engines.ort.blocks import BLOCK_SIZE, Bits, Blocks, quantize, quantize_with_offsets
+from engines.precision import check_range
+
+_DOMAIN = "com.microsoft"
+_PRODUCT = "MatMulNBits"
+_LEVEL = "accuracy_level"
+_FLOAT_ACTIVATIONS, _INTEGER_ACTIVATIONS = 1, 4
+# Offsets are used where they leave less than this share of the squared error.
+_WORTH_OFFSETS = 0.1
+
+
+@dataclass(frozen=True)
+class QuantizedForCpu:
+    """What quantisation did to a graph; each matrix counts once, however many operators read it."""
+
+    matrices: int
+    """Matrices of products that became integers."""
+    with_offsets: int
+    """Those of them that have offsets; only in int4."""
+    embeddings: int
+    """Tables that became integers."""
+    kept_in_float: int
+    """Matrices of products that stay in float32, as they have too few rows."""
+
+
+def quantize_for_cpu(model: ir.Model, precision: Literal["int8", "int4"]) -> QuantizedForCpu:
+    """Quantise the weights of `model` in place.
+
+    Raises `C2CError` naming the model's layer of a weight that is not finite, or the node whose shapes are unknown.
+    """
+    return _Quantizing(model, 8 if precision == "int8" else 4).run()
+
+
+def use_float_activations(model: ir.Model) -> int:
+    """Let a quantised graph multiply activations in float32, all but the LM head, which reads one token a prompt.
+
+    Changes attributes only, so the graph can share its weights' file with the graph that it was made from. Returns how
+    many products changed.
+    """
+    head = lm_head(model.graph)
+    products = [node for node in model.graph if node.op_type == _PRODUCT and node is not head]
+    for node in products:
+        node.attributes[_LEVEL] = ir.AttrInt64(_LEVEL, _FLOAT_ACTIVATIONS)
+    return len(products)
+
+
+class _Quantizing:
+    def __init__(self, model: ir.Model, bits: Bits) -> None:
+        self._model = model
+        self._graph = model.graph
+        self._bits: Bits = bits
+        self._head = lm_head(model.graph)
+        self._level = _FLOAT_ACTIVATIONS if self._head is None else _INTEGER_ACTIVATIONS
+        self._weights: dict[tuple[ir.Value, bool, Bits], _Weight] = {}
+        self._tables: dict[ir.Value, tuple[ir.Value, ...]] = {}
+        self._extended: dict[ir.Value, ir.Value] = {}
+
+    def run(self) -> QuantizedForCpu:
+        kept = set()
+        for product in constant_products(self._graph):
+            if product.shape[0] < BLOCK_SIZE:
+                kept.add(product.weight)
+            else:
+                self._replace_product(product)
+        for node in list(self._graph):
+            if _reads_table(node):
+                self._replace_lookup(node)
+        common.RemoveUnusedNodesPass()(self._model)
+        if self._weights or self._tables:
+            self._graph.opset_imports.setdefault(_DOMAIN, 1)
+        with_offsets = sum(weight.has_offsets for weight in self._weights.values())
+        return QuantizedForCpu(len(self._weights), with_offsets, len(self._tables), len(kept))
+
+    def _replace_product(self, product: ConstantProduct) -> None:
+        node = product.node
+        bits: Bits = 8 if node is self._head else self._bits
+        key = (product.weight, product.transposed, bits)
+        if key not in self._weights:
+            self._weights[key] = self._quantized(product, bits)
+        weight = self._weights[key]
+        activations = node.inputs[0]
+        assert activations is not None
+        if weight.has_offsets:
+            activations = self._followed_by_sums(activations, node)
+        num_rows, num_columns = product.shape
+        attributes = {
+            "K": num_rows + (num_rows // BLOCK_SIZE if weight.has_offsets else 0),
+            "N": num_columns,
+            "bits": bits,
+            "block_size": BLOCK_SIZE,
+            _LEVEL: self._level,
+        }
+        self._replace(node, _PRODUCT, [activations, *weight.values], attributes)
+
+    def _quantized(self, product: ConstantProduct, bits: Bits) -> "_Weight":
+        matrix = product.matrix()
+        check_range(matrix, ir.DataType.FLOAT, product.node)
+        blocks, has_offsets = quantize(matrix, bits), False
+        if bits == 4 and len(matrix) % BLOCK_SIZE == 0:
+            whole, offsets = quantize_with_offsets(matrix)
+            extended = whole.followed_by_offsets(quantize(offsets, 4))
+            if extended.error < _WORTH_OFFSETS * blocks.error:
+                blocks, has_offsets = extended, True
+        name = f"{product.weight.name}.int{bits}{'.transposed' if product.transposed else ''}"
+        return _Weight(self._constants(blocks, name), has_offsets)
+
+    def _constants(self, blocks: Blocks, name: str) -> tuple[ir.Value, ...]:
+        arrays = {
+            name: blocks.packed_values(),
+            f"{name}.scales": blocks.scales,
+            f"{name}.zero_points": blocks.packed_zero_points(),
+        }
+        return tuple(register_constant(self._graph, ir.Tensor(array, name=key)) for key, array in arrays.items())
+
+    def _followed_by_sums(self, activations: ir.Value, product: ir.Node) -> ir.Value:
+        """[activations, their sums by block] along the last axis; computed once for all products that read them."""
+        if activations not in self._extended:
+            shape = activations.shape or product.outputs[0].shape
+            if shape is None:
+                raise C2CError(
+                    f"node {product.name} (layer {model_layer(product)}): the shape of its first input is unknown, so "
+                    "its weights cannot be quantised; infer the graph's shapes first"
+                )
+            # 0 copies a dimension, -1 is the number of blocks.
+            blocked = self._insert(
+                product, "Reshape", [activations, self._int64([0] * (len(shape) - 1) + [-1, BLOCK_SIZE])], {}
+            )
+            sums = self._insert(product, "ReduceSum", [blocked, self._int64([-1])], {"keepdims": 0})
+            self._extended[activations] = self._insert(product, "Concat", [activations, sums], {"axis": -1})
+        return self._extended[activations]
+
+    def _replace_lookup(self, node: ir.Node) -> None:
+        table, ids = node.inputs
+        assert table is not None
+        if table not in self._tables:
+            matrix = constant_tensor(table).numpy()
+            check_range(matrix, ir.DataType.FLOAT, node)
+            # A row of the table is what a column is to a product.
+            blocks = quantize(matrix.T, 8)
+            name = f"{table.name}.rows.int8"
+            self._tables[table] = tuple(
+                register_constant(self._graph, ir.Tensor(array, name=key))
+                for key, array in {
+                    name: blocks.values.reshape(len(matrix), -1)[:, : matrix.shape[1]],
+                    f"{name}.scales": blocks.scales,
+                    f"{name}.zero_points": blocks.zero_points,
+                }.items()
+            )
+        values, scales, zero_points = self._tables[table]
+        attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK_SIZE, "bits": 8}
+        self._replace(node, "GatherBlockQuantized", [values, ids, scales, zero_points], attributes)
+
+    def _insert(
+        self, before: ir.Node, op_type: str, inputs: list[ir.Value], attributes: dict[str, int], domain: str = ""
+    ) -> ir.Value:
+        metadata = dict(before.metadata_props)  # errors of the engine name the model's layer
+        node = ir.node(op_type, inputs, attributes, domain=domain, metadata_props=metadata)
+        self._graph.insert_before(before, node)
+        return node.outputs[0]
+
+    def _replace(self, node: ir.Node, op_type: str, inputs: list[ir.Value], attributes: dict[str, int]) -> None:
+        old = node.outputs[0]
+        new = self._insert(node, op_type, inputs, attributes, domain=_DOMAIN)
+        new.producer().name = node.name
+        new.shape, new.dtype = old.shape, old.dtype
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+        self._graph.remove(node, safe=True)
+        new.name = old.name
+
+    def _int64(self, values: list[int]) -> ir.Value:
+        name = f"quantize.{'_'.join(str(value) for value in values)}"
+        known = self._graph.initializers.get(name)
+        return known or register_constant(self._graph, ir.Tensor(np.array(values, dtype=np.int64), name=name))
+
+
+@dataclass(frozen=True)
+class _Weight:
+    values: tuple[ir.Value, ...]
+    """Integers, scales, zero points: the inputs of a product."""
+    has_offsets: bool
+
+
+def _reads_table(node: ir.Node) -> bool:
+    """Whether `node` looks up rows of a constant matrix of whole blocks."""
+    table = node.inputs[0] if node.op_type == "Gather" and node.domain == "" else None
+    if table is None or not table.is_initializer() or table.dtype != ir.DataType.FLOAT:
+        return False
+    shape = constant_tensor(table).shape
+    return len(shape) == 2 and int(shape[1]) >= BLOCK_SIZE and node.attributes.get_int("axis", 0) == 0
