@@ -295,6 +295,13 @@ class Bundle:
         """The folder of the weights of the engine's graphs, if they do not lie beside them."""
         return None if engine.weights_folder is None else (self.root / engine.weights_folder).absolute()
 
+    def engine_files(self, engine: EngineRecord) -> list[Path]:
+        """The files of the engine's graphs and of their weights, wherever these lie."""
+        graphs = [self.file(path) for path in engine.graphs.values()]
+        found = [path for graph in graphs for path in graph.parent.glob(f"{graph.name}*")]
+        folder = self.weights_folder(engine)
+        return found if folder is None else [*found, *(folder / f"{graph.name}.data" for graph in graphs)]
+
     def tokenizer_folder(self, sharer: int | None = None) -> Path:
         """The folder with the receiver's tokenizer, or with that of sharer number `sharer`; errors as in `file`."""
         folder = "tokenizers/receiver" if sharer is None else f"tokenizers/sharer{sharer}"

@@ -107,16 +107,12 @@ def _graphs(bundle: Bundle) -> Table:
 def _engines(bundle: Bundle) -> Table:
     table = Table("engine", "precision", "size", "check", "GPUs", "most requests", "built with")
     for engine in bundle.manifest.engines.values():
-        num_bytes = sum(
-            path.stat().st_size
-            for graph in engine.graphs.values()
-            for path in bundle.file(graph).parent.glob(f"{bundle.file(graph).name}*")
-        )
+        num_bytes = sum(path.stat().st_size for path in bundle.engine_files(engine))
         build = engine.build
         table.add_row(
             engine.target,
             engine.precision,
-            f"{num_bytes / 1e6:.1f} MB{'' if engine.weights_folder is None else ', weights shared'}",
+            f"{num_bytes / 1e6:.1f} MB{'' if engine.weights_folder is None else ', the weights in graphs'}",
             "not checked" if engine.check is None else "checked",
             "" if build is None else _gpus(engine.target, build),
             "" if build is None or build.profile_sizes is None else str(build.profile_sizes.max_batch),

@@ -178,11 +178,7 @@ def _summarise(pipeline: C2CPipeline, load_seconds: float, memory: PeakMemory) -
         sharers=tuple(sharer.model.source for sharer in manifest.sharers),
         aligned=manifest.aligned,
         max_length=manifest.max_length,
-        weight_bytes=sum(
-            path.stat().st_size
-            for graph in choice.record.graphs.values()
-            for path in (bundle.root / graph).parent.glob(f"{Path(graph).name}*")
-        ),
+        weight_bytes=sum(path.stat().st_size for path in bundle.engine_files(choice.record)),
         cache_bytes_per_slot=sum(decoder.pool.slot_bytes for decoder in pipeline.decoders),
         load_seconds=load_seconds,
         load_peak_bytes=None if resident is None else resident.peak,

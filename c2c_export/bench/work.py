@@ -23,21 +23,21 @@ class GraphWork:
 
     weight_shapes: tuple[tuple[int, int], ...]
     """[K,N] of every product that each token goes through."""
-    head_shapes: tuple[tuple[int, int], ...]
-    """[K,N] of the products with the vocabulary, needed once per request."""
+    chosen_token_shapes: tuple[tuple[int, int], ...]
+    """[K,N] of the products that only tokens go through that logits are wanted of: the last MLP, the vocabulary."""
     attention_width: int
     """H*D summed over the attentions, H counting query heads."""
 
     def flops(self, num_tokens: int, *, first_row: int = 0, num_logits: int = 0) -> int:
         """Operations for `num_tokens` tokens from row `first_row` on, of which `num_logits` need logits.
 
-        2 * tokens * sum(K*N) + 2 * logits * sum(K*V) + 4 * sum(H*D) * pairs, where token i of the prompt sees the
-        `first_row` rows before it, those of the i tokens before it, and its own.
+        2 * tokens * sum(K*N) + 2 * logits * sum(K*N of chosen tokens) + 4 * sum(H*D) * pairs, where token i of the
+        prompt sees the `first_row` rows before it, those of the i tokens before it, and its own.
         """
         pairs = num_tokens * first_row + num_tokens * (num_tokens + 1) // 2
         return (
             2 * num_tokens * sum(k * n for k, n in self.weight_shapes)
-            + 2 * num_logits * sum(k * n for k, n in self.head_shapes)
+            + 2 * num_logits * sum(k * n for k, n in self.chosen_token_shapes)
             + 4 * self.attention_width * pairs
         )
 
@@ -45,21 +45,21 @@ class GraphWork:
 def read_graph_work(path: Path) -> GraphWork:
     """Count the products of the portable graph at `path`; its weights are not read."""
     graph = ir.load(path).graph
-    vocab = next((value.shape[-1] for value in graph.outputs if value.name == "logits" and value.shape), None)
     layers: list[tuple[int, int]] = []
-    heads: list[tuple[int, int]] = []
+    chosen: list[tuple[int, int]] = []
     width = 0
     for node in graph:
         if node.op_type in _PRODUCTS:
             shape = _weight_shape(node.inputs[1])
             if shape is not None:
-                (heads if shape[1] == vocab else layers).append(shape)
+                result = node.outputs[0].shape
+                (chosen if result is not None and result[1] == 1 else layers).append(shape)
         elif node.op_type == "Attention":
             query = node.inputs[0]
             assert query is not None
             assert query.shape is not None
             width += int(query.shape[1]) * int(query.shape[3])
-    return GraphWork(tuple(layers), tuple(heads), width)
+    return GraphWork(tuple(layers), tuple(chosen), width)
 
 
 def product_weight_bytes(path: Path) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 from recorded_pairs import each_pair
@@ -29,9 +30,11 @@ from c2c_export.bundle import (
 from c2c_export.errors import C2CError, UsageError
 from engines.lowering import lower, save_lowered
 from engines.machine import probe_module
+from engines.ort.engine import OrtCpuEngine
 from engines.trt.build import EngineOptions, build_engine, decoder_profiles
 from engines.trt.log import error_log
 from engines.trt.network import GraphNames, check, expected_layers, parse
+from runtime import C2CPipeline
 
 trt = pytest.importorskip("tensorrt_rtx")
 
@@ -112,6 +115,39 @@ def change(bundle: Path, changed: Callable[[Manifest], Manifest]) -> None:
 
 
 @each_pair
+@pytest.mark.parametrize(("precision", "largest_error"), [("int8", 0.3), ("int4", 0.9)])
+def test_engines_for_the_cpu_are_built_and_answer_nearly_as_in_fp32(
+    pair: str, precision: str, largest_error: float, recorded_bundle: Callable[[str], Path], tmp_path: Path
+):
+    bundle = Path(shutil.copytree(recorded_bundle(pair), tmp_path / "bundle"))
+    result = built(BuildOptions(bundle, "ort-cpu", precision))
+    assert result.record.weights_folder is None
+    assert result.record.build is not None
+    assert result.record.build.graphs["receiver"].quantized_weights > 0
+    prompt = "Hello there, how are you?" if read_manifest(bundle).aligned else [5, 17, 200, 33, 60, 61, 7]
+    logits = {}
+    for name in ("fp32", precision):
+        pipeline = C2CPipeline.from_bundle(bundle, precision=name, num_slots=1, num_threads=1)
+        with pipeline.prefill(prompt) as session:
+            logits[name] = session.logits
+    error = np.abs(logits[precision] - logits["fp32"]).mean() / logits["fp32"].std()
+    assert 0 < error < largest_error
+
+
+@on_pair
+def test_the_cpus_float_engine_can_be_built_again_and_kept_with_its_weights(pair_options: BuildOptions, tmp_path: Path):
+    keep = tmp_path / "kept"
+    options = BuildOptions(pair_options.bundle, "ort-cpu", "fp32", keep_onnx=keep)
+    assert not built(options).built
+    before = Bundle.open(options.bundle).manifest
+    assert built(replace(options, rebuild=True)).built
+    assert Bundle.open(options.bundle).manifest.files == before.files
+    for name in before.graphs:
+        # The graph finds its weights beside it.
+        OrtCpuEngine(keep / f"{name}.onnx", 1)
+
+
+@each_pair
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_every_graph_of_every_pair_is_built(
     pair: str, precision: str, recorded_bundle: Callable[[str], Path], tmp_path: Path
@@ -181,7 +217,7 @@ def test_lowered_graphs_are_kept_where_asked_and_are_what_the_engine_was_built_f
     assert {path.name for path in keep.glob("*.onnx")} == {"receiver.onnx", "sharer0.onnx", "fuser0.onnx"}
     model = ir.load(keep / "receiver.onnx")
     assert {value.dtype for value in model.graph.inputs if "past" in str(value.name)} == {ir.DataType.FLOAT16}
-    assert not list(pair_options.bundle.rglob("engines/**/*.onnx"))
+    assert not list(pair_options.bundle.glob("engines/tensorrt-rtx-fp16/*.onnx"))
     # asked for later, they are lowered again, and nothing is built
     later = tmp_path / "later"
     assert not built(replace(pair_options, keep_onnx=later)).built
@@ -284,7 +320,11 @@ def with_receiver(**fields: object) -> Callable[[Manifest], Manifest]:
             {"target": "tensorrt_rtx"},
             r"^engine 'tensorrt_rtx': expected one of ort-cpu, ort-cuda, tensorrt, tensorrt-rtx",
         ),
-        ({"target": "ort-cpu"}, r"^ort-cpu runs the portable graphs as they are; there is nothing to build"),
+        (
+            {"target": "ort-cpu", "max_batch": None},
+            r"^precision fp16: ort-cpu takes fp32 or int8 or int4; a CPU computes in fp32",
+        ),
+        ({"target": "ort-cpu", "precision": "int4", "max_batch": 2}, r"^--max-batch 2: ort-cpu has no profiles"),
         ({"target": "ort-cuda", "precision": "fp32"}, r"^ort-cuda in fp32 runs the portable graphs as they are"),
         ({"compute_capabilities": ("9.0",)}, r"^compute capability 9\.0: tensorrt-rtx \S+ builds for 7\.5, 8\.0,"),
         ({"compute_capabilities": ("89",)}, r"^compute capability '89': expected two numbers with a dot, such as 8\.9"),

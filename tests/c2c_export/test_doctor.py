@@ -45,8 +45,8 @@ def row_of(text: str, target: str) -> list[str]:
 
 def test_a_machine_without_a_gpu_builds_for_rtx_and_runs_on_the_cpu():
     text = text_of(examine(machine()))
-    assert row_of(text, "ort-cpu") == ["ort-cpu", "onnxruntime", "1.32.0", "1.32.0", "–", "yes"]
-    assert "ort-cpu runs fp32\n" in text
+    assert row_of(text, "ort-cpu") == ["ort-cpu", "onnxruntime", "1.32.0", "1.32.0", "yes", "yes"]
+    assert "ort-cpu runs fp32, int8, int4\n" in text
     assert row_of(text, "tensorrt-rtx")[-2:] == ["yes", "no"]
     assert row_of(text, "tensorrt")[-2:] == ["no", "no"]
     assert "CUDA: no GPU: no NVIDIA driver\n" in text

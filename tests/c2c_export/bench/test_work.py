@@ -35,11 +35,18 @@ def projector_states(pair: str) -> list[dict[str, torch.Tensor]]:
 @each_pair
 def test_a_receivers_products_are_those_of_its_linear_layers(pair: str, bundle: Bundle):
     model = AutoModelForCausalLM.from_pretrained(GOLDEN / pair / "receiver", dtype=torch.float32)
-    linear = [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
+    last = model.model.layers[-1]
+    after_attention = [last.self_attn.o_proj, *last.mlp.children()]
+    of_chosen_token = [module for module in after_attention if isinstance(module, torch.nn.Linear)]
+    of_all = [
+        module
+        for module in model.model.modules()
+        if isinstance(module, torch.nn.Linear) and not any(module is one for one in of_chosen_token)
+    ]
     work = read_graph_work(bundle.file(bundle.manifest.receiver_graph.path))
-    expected = sorted((module.in_features, module.out_features) for module in linear)
-    assert sorted(work.weight_shapes) == expected
-    assert work.head_shapes == ((model.lm_head.in_features, model.lm_head.out_features),)
+    assert sorted(work.weight_shapes) == sorted((module.in_features, module.out_features) for module in of_all)
+    expected = [(module.in_features, module.out_features) for module in (*of_chosen_token, model.lm_head)]
+    assert sorted(work.chosen_token_shapes) == sorted(expected)
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     assert work.attention_width == config.num_hidden_layers * config.num_attention_heads * head_dim
@@ -59,12 +66,12 @@ def test_a_fusers_products_are_those_of_its_open_gates(pair: str, bundle: Bundle
         if name.startswith(f"{side}_") and tensor.ndim == 2
     ]
     assert sorted(work.weight_shapes) == sorted(expected)
-    assert (work.head_shapes, work.attention_width) == ((), 0)
+    assert (work.chosen_token_shapes, work.attention_width) == ((), 0)
 
 
 @pytest.mark.parametrize(("num_tokens", "first_row", "num_logits"), [(7, 0, 1), (5, 3, 0), (1, 9, 1)])
 def test_operations_are_those_of_every_product_and_every_pair(num_tokens: int, first_row: int, num_logits: int):
-    work = GraphWork(weight_shapes=((4, 6), (6, 2)), head_shapes=((4, 50),), attention_width=24)
+    work = GraphWork(weight_shapes=((4, 6), (6, 2)), chosen_token_shapes=((4, 50),), attention_width=24)
     expected = 0
     for token in range(num_tokens):
         expected += 2 * 4 * 6 + 2 * 6 * 2
