@@ -13,7 +13,6 @@ from c2c_export.bench.report import (
     TextToTextRecord,
 )
 
-
 BUSY = 0.5
 """Processes running beside a benchmark from which on its times are doubtful."""
 
