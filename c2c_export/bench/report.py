@@ -14,6 +14,8 @@ class MachineRecord(Record):
     threads: int
     """Threads of each engine and of the reference."""
     memory_bytes: int | None
+    load_before: float | None
+    """Processes that were running on average in the minute before; what others take makes all times longer."""
     system: str
     versions: dict[str, str]
 

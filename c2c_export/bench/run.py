@@ -50,6 +50,7 @@ def run_bench(options: BenchOptions, step: Step) -> BenchReport:
     if options.reference is not None:
         _check_sources(options.reference, manifest)
     num_threads = options.threads or physical_cores()
+    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     random = np.random.default_rng(options.seed)
 
     memory, started = PeakMemory(), time.perf_counter()
@@ -78,7 +79,7 @@ def run_bench(options: BenchOptions, step: Step) -> BenchReport:
                 pipeline, length, options.batches, options.new_tokens, options.repeats, random, sizes
             )
     return BenchReport(
-        machine=_machine(num_threads),
+        machine=_machine(num_threads, load_before),
         bundle=summary,
         settings=Settings(
             prompt_tokens=tuple(lengths),
@@ -185,7 +186,7 @@ def _summarise(pipeline: C2CPipeline, load_seconds: float, memory: PeakMemory) -
     )
 
 
-def _machine(num_threads: int) -> MachineRecord:
+def _machine(num_threads: int, load_before: float | None) -> MachineRecord:
     cpuinfo, meminfo = Path("/proc/cpuinfo"), Path("/proc/meminfo")
     names = [line.partition(":")[2].strip() for line in _lines(cpuinfo) if line.startswith("model name")]
     memory = [int(line.split()[1]) << 10 for line in _lines(meminfo) if line.startswith("MemTotal:")]
@@ -194,6 +195,7 @@ def _machine(num_threads: int) -> MachineRecord:
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         threads=num_threads,
         memory_bytes=memory[0] if memory else None,
+        load_before=load_before,
         system=f"{platform.system()} {platform.release()}",
         versions={
             "c2c-export": __version__,

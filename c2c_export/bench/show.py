@@ -13,6 +13,9 @@ from c2c_export.bench.report import (
     TextToTextRecord,
 )
 
+BUSY = 0.5
+"""Processes running beside a benchmark from which on its times are doubtful."""
+
 
 def print_report(report: BenchReport, console: Console) -> None:
     """Print `report` to `console`."""
@@ -23,6 +26,13 @@ def print_report(report: BenchReport, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if machine.load_before is not None and machine.load_before > BUSY:
+        console.print(
+            f"[yellow]The machine was busy[/]: {machine.load_before:.1f} processes were running before; measure again "
+            "when nothing else runs",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(_prompts(report))
     if any(prompt.memory for prompt in report.prompts):
         console.print(_memory(report))

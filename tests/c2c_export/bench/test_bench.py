@@ -90,6 +90,18 @@ def test_prompts_and_batches_are_all_measured(bench: Callable[..., BenchReport],
 
 
 @pytest.mark.xdist_group(UNALIGNED)
+@pytest.mark.parametrize(("load", "warned"), [(0.1, False), (1.9, True)])
+def test_a_busy_machine_is_said_to_be_one(
+    run_cli: RunCli, recorded_bundle: BundleOf, monkeypatch: pytest.MonkeyPatch, load: float, warned: bool
+):
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    small = ("--threads", 1, "--new-tokens", 3, "--repeats", 1, "--prompt-tokens", 8)
+    code, out, err = run_cli(recorded_bundle(UNALIGNED), *small)
+    assert code == 0, err
+    assert ("The machine was busy: 1.9" in out) == warned
+
+
+@pytest.mark.xdist_group(UNALIGNED)
 def test_memory_stands_beside_weights_and_caches(bench: Callable[..., BenchReport], recorded_bundle: BundleOf):
     path = recorded_bundle(UNALIGNED)
     report = bench(path, "--prompt-tokens", 20, "--batch", 2)
