@@ -7,7 +7,7 @@ Each block takes, of a few candidates, the scale and zero point that give the le
 with which files of quantised models (.gguf) are written, so that such weights come back exactly where they can:
 
 - 8 bits: Q8_0 (largest weight 127 steps), Q4_0 and Q5_0 (8 or 16 steps, here 112);
-- 4 bits: Q4_0, and, where zero points may lie between integers (`with_offsets`), Q4_1 and Q4_K.
+- 4 bits: Q4_0, and, where zero points may lie between integers (`quantize_with_offsets`), Q4_1 and Q4_K.
 
 `quantize_with_offsets` gives what the rounding of the zero points leaves over as a matrix of its own.
 """

@@ -192,6 +192,16 @@ def test_weights_of_symmetric_files_come_back_exactly_in_8_bits(largest: int):
     np.testing.assert_allclose(quantize(weight, 8).dequantized(), weight, rtol=1e-6, atol=0)
 
 
+def test_weights_of_symmetric_4_bit_files_come_back_exactly_in_4_bits():
+    rng = np.random.default_rng(0)
+    values = rng.integers(-8, 8, (3, 32, 30)).astype(np.float32)
+    values[:, 0] = -8
+    # The sign of a scale is that of the block's largest weight, turned round.
+    scales = rng.uniform(0.01, 0.02, (3, 1, 30)) * rng.choice([-1, 1], (3, 1, 30))
+    weight = (values * scales).astype(np.float32).reshape(96, 30)
+    np.testing.assert_allclose(quantize(weight, 4).dequantized(), weight, rtol=1e-6, atol=0)
+
+
 def test_weights_with_minima_come_back_exactly_but_for_the_rounding_of_offsets():
     weight = q4_1(128, 30)
     blocks, offsets = quantize_with_offsets(weight)
