@@ -161,6 +161,8 @@ def plan_build(options: BuildOptions, target: Target, bundle: Bundle) -> BuildPl
     graphs = manifest.graphs
     paths = {path for graph in graphs.values() for path in (graph.path, f"{graph.path}.data")}
     versions = {"c2c-export": __version__, "onnx_ir": importlib.metadata.version("onnx_ir")}
+    if target.name == "ort-cpu":
+        versions["onnxscript"] = importlib.metadata.version("onnxscript")
     if not target.runs_on_onnx_runtime:
         versions[target.module] = str(importlib.import_module(target.module).__version__)
     gpu = machine.gpus[0] if target.needs_gpu_to_build else None

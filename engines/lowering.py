@@ -50,10 +50,10 @@ def lower(path: Path, target: str, precision: str, *, is_fuser: bool) -> Lowered
 def _lower_for_cpu(model: ir.Model, precision: str, *, is_fuser: bool) -> LoweredGraph:
     # Only this target needs onnxscript.
     from engines.ort.lower import lower_decoder
-    from engines.ort.lower_fuser import lower_fuser
     from engines.ort.quantize import quantize_for_cpu
 
-    rules = lower_fuser(model) if is_fuser else lower_decoder(model)
+    # A fuser has neither attention nor heads to rotate.
+    rules = {} if is_fuser else lower_decoder(model)
     if precision == "fp32":
         return LoweredGraph(model, quantized_weights=0, float_weights=0, casts=0, rules=rules)
     counts = quantize_for_cpu(model, "int8" if precision == "int8" else "int4")

@@ -1,8 +1,8 @@
 """Lower a portable decoder for ONNX Runtime's CPU provider: its own attention operator, over the same buffers.
 
 In: a portable receiver or sharer graph, float32. Out: the same graph, changed in place, and how often each rule
-applied. What a rule should have matched and did not is an error of the build, not a slow engine. Fusers are lowered in
-`engines.ort.lower_fuser`; integer weights come after, see `engines.ort.quantize`.
+applied. What a rule should have matched and did not is an error of the build, not a slow engine. Integer weights come
+after, see `engines.ort.quantize`.
 """
 
 import onnx_ir as ir
