@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from recorded_pairs import PAIRS
+from recorded_pairs import each_pair
 
 from c2c_export.bundle import Bundle
 from c2c_export.errors import C2CError
@@ -29,9 +29,6 @@ def decoders_of(bundle: Bundle) -> Iterator[str]:
 def head_size_of(bundle: Bundle, name: str) -> int:
     manifest = bundle.manifest
     return (manifest.receiver if name == "receiver" else manifest.sharers[int(name[-1])].model).head_dim
-
-
-each_pair = pytest.mark.parametrize("pair", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in PAIRS])
 
 
 @each_pair
