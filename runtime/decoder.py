@@ -1,6 +1,6 @@
 """Run a decoder graph, receiver or sharer, over one slot of its pool, or one token over each of the first slots."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,33 +111,25 @@ class Decoder:
             for slot, (row, position) in enumerate(zip(rows, by_name["position_ids"], strict=True)):
                 self._row_position_ids.write(np.array([position]), slot, slice(int(row), int(row) + 1))
         if num_slots not in self._shared_steps:
-            self._shared_steps[num_slots] = self._bind_step(num_slots)
+            self._shared_steps[num_slots] = self._bind((), num_slots, 1, self.pool.first_in_place(num_slots))
         self._engine.run(self._shared_steps[num_slots])
-
-    def _bind_step(self, num_slots: int) -> Binding:
-        views = {name: buffer.view(shape=(num_slots, 1)) for name, buffer in self._by_token.items()}
-        views |= {name: buffer.view(shape=(num_slots,)) for name, buffer in self._by_request.items()}
-        if self._row_position_ids is not None:
-            views["row_position_ids"] = self._row_position_ids.view(shape=(num_slots, self._max_length))
-        if self._logits is not None:
-            views["logits"] = self._logits.view(shape=(num_slots, 1, self._logits.shape[1]))
-        return self._engine.bind({**views, **self.pool.first_in_place(num_slots)})
 
     def _binding(self, slot: int, num_tokens: int) -> Binding:
         if num_tokens > 1:  # a prompt's length may never come again
-            return self._bind(slot, num_tokens)
+            return self._bind((slot,), 1, num_tokens, self.pool.in_place(slot))
         if slot not in self._steps:
-            self._steps[slot] = self._bind(slot, 1)
+            self._steps[slot] = self._bind((slot,), 1, 1, self.pool.in_place(slot))
         return self._steps[slot]
 
-    def _bind(self, slot: int, num_tokens: int) -> Binding:
-        views: dict[str, View] = {name: buffer.view(shape=(1, num_tokens)) for name, buffer in self._by_token.items()}
-        views |= {name: buffer.view(shape=(1,)) for name, buffer in self._by_request.items()}
+    def _bind(self, slot: tuple[int, ...], num_slots: int, num_tokens: int, caches: Mapping[str, View]) -> Binding:
+        """Bind `caches`, those of `slot` alone or, where that is empty, of the first `num_slots` slots."""
+        views = {name: buffer.view(shape=(num_slots, num_tokens)) for name, buffer in self._by_token.items()}
+        views |= {name: buffer.view(shape=(num_slots,)) for name, buffer in self._by_request.items()}
         if self._row_position_ids is not None:
-            views["row_position_ids"] = self._row_position_ids.view(slot, shape=(1, self._max_length))
+            views["row_position_ids"] = self._row_position_ids.view(*slot, shape=(num_slots, self._max_length))
         if self._logits is not None:
-            views["logits"] = self._logits.view(shape=(1, 1, self._logits.shape[1]))
-        return self._engine.bind({**views, **self.pool.in_place(slot)})
+            views["logits"] = self._logits.view(shape=(num_slots, 1, self._logits.shape[1]))
+        return self._engine.bind({**views, **caches})
 
     def logits(self) -> NDArray[np.float32]:
         """A copy of the logits [V] of the last token of the last `run`, once it is done. Only a receiver has them."""

@@ -5,8 +5,9 @@ layer's attention and there works on each token by itself, so it is computed of 
 output projection and MLP. Exact, and the keys and values of all tokens are as they were.
 """
 
-import numpy as np
 import onnx_ir as ir
+
+from engines.constant_products import register_constant
 
 # What a token's row becomes depends on that row, on other operands' same row, and on constants.
 _BY_TOKEN = frozenset({"Add", "Sub", "Mul", "Div", "MatMul", "RMSNormalization", "Sigmoid", "Gelu", "Tanh"})
@@ -67,10 +68,11 @@ def _choose(graph: ir.Graph, value: ir.Value, before: ir.Node) -> ir.Value:
     last_token = next(graph_input for graph_input in graph.inputs if graph_input.name == "last_token")
     assert value.shape is not None
     name = f"{value.name}.last_token"
-    axes = _constant(graph, f"{name}.axes", [1, 2])
-    width = _constant(graph, f"{name}.shape", [1, 1, int(value.shape[2])])
+    axes = register_constant(graph, ir.tensor([1, 2], dtype=ir.DataType.INT64, name=f"{name}.axes"))
+    one_row = [1, 1, int(value.shape[2])]
+    shape = register_constant(graph, ir.tensor(one_row, dtype=ir.DataType.INT64, name=f"{name}.shape"))
     unsqueezed = ir.node("Unsqueeze", [last_token, axes])
-    index = ir.node("Expand", [unsqueezed.outputs[0], width])
+    index = ir.node("Expand", [unsqueezed.outputs[0], shape])
     gathered = ir.node("GatherElements", [value, index.outputs[0]], {"axis": 1})
     for node, suffix, dtype in (
         (unsqueezed, "unsqueezed", ir.DataType.INT64),
@@ -84,10 +86,3 @@ def _choose(graph: ir.Graph, value: ir.Value, before: ir.Node) -> ir.Value:
         graph.insert_before(before, node)
     unsqueezed.outputs[0].shape = ir.Shape([value.shape[0], 1, 1])
     return gathered.outputs[0]
-
-
-def _constant(graph: ir.Graph, name: str, values: list[int]) -> ir.Value:
-    tensor = ir.tensor(np.array(values, dtype=np.int64), name=name)
-    value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-    graph.register_initializer(value)
-    return value

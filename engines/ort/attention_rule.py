@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from onnxscript.rewriter.pattern import RewriteRuleClassBase
 
 from c2c_export.errors import C2CError
+from engines.constant_products import register_constant
 from engines.ort.layout_rules import HEADS_FIRST, merge_heads, split_heads
 
 DOMAIN = "com.microsoft"
@@ -84,10 +85,7 @@ class RowsInUse:
         name = f"rows_in_use.{array.dtype}.{'x'.join(map(str, array.shape))}.{array.reshape(-1)[0]}"
         if name in self._graph.initializers:
             return self._graph.initializers[name]
-        tensor = ir.tensor(array, name=name)
-        value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
-        self._graph.register_initializer(value)
-        return value
+        return register_constant(self._graph, ir.tensor(array, name=name))
 
 
 class FuseAttention(RewriteRuleClassBase):
