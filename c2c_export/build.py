@@ -55,10 +55,15 @@ def build(options: BuildOptions, step: Step, progress: BuildProgress | None = No
     what the target cannot do and `C2CError` for what failed or what the machine lacks, and passes on
     `KeyboardInterrupt`.
     """
-    target = check_options(options)
+    check_options(options)
     with step("Reading the bundle"):
         bundle = Bundle.open(options.bundle, replacing=options.engine_name)
-    plan = plan_build(options, target, bundle)
+    return add_engine(bundle, options, step, progress)
+
+
+def add_engine(bundle: Bundle, options: BuildOptions, step: Step, progress: BuildProgress | None = None) -> BuildResult:
+    """As `build`, of a bundle that is open already; `options.bundle` names its folder."""
+    plan = plan_build(options, check_options(options), bundle)
     previous = bundle.manifest.engines.get(plan.name)
     if previous is not None and not options.rebuild and plan.equals(previous):
         if options.keep_onnx is not None:

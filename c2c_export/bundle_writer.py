@@ -18,6 +18,7 @@ from c2c_export.alignment import compile_alignment
 from c2c_export.bundle import (
     GRAPHS,
     SCHEMA_VERSION,
+    Bundle,
     FusionMode,
     GraphRecord,
     LayerLink,
@@ -66,8 +67,8 @@ class ExportPlan:
         return self.fusion_mode == "parallel" and len(self.sharers) > 1
 
 
-def write_bundle(root: Path, plan: ExportPlan, step: Step) -> None:
-    """Write all files of the bundle into the empty folder `root`.
+def write_bundle(root: Path, plan: ExportPlan, step: Step) -> Bundle:
+    """Write all files of the bundle into the empty folder `root`; return it, still without an engine.
 
     Raises `C2CError` when weights are broken or the disk is too small, `OSError` when writing fails.
     """
@@ -91,6 +92,7 @@ def write_bundle(root: Path, plan: ExportPlan, step: Step) -> None:
             files=hash_folder(root),
         )
         write_manifest(root, manifest)
+    return Bundle(root, manifest)
 
 
 def _write_tokenizers(root: Path, plan: ExportPlan, step: Step) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from c2c_export.build import build
+from c2c_export.build import add_engine
 from c2c_export.build_plan import BuildOptions
 from c2c_export.bundle import FusionMode
 from c2c_export.bundle_writer import ExportPlan, SourceSharer, write_bundle
@@ -57,8 +57,8 @@ def export_pair(options: PairOptions, step: Step) -> Path:
         with step("Reading models and fusers"):
             plan = _plan(options)
         with staged_bundle(options.output, overwrite=options.overwrite) as folder:
-            write_bundle(folder, plan, step)
-            build(BuildOptions(folder, *_EMBEDDED), step)
+            bundle = write_bundle(folder, plan, step)
+            add_engine(bundle, BuildOptions(folder, *_EMBEDDED), step)
     return options.output
 
 

@@ -28,7 +28,6 @@ class KVCachePool:
         self.num_slots = num_slots
         self._buffers: dict[str, Buffer] = {}
         self._in_place: dict[int, Mapping[str, View]] = {}
-        self._first_in_place: dict[int, Mapping[str, View]] = {}
         for spec in engine.inputs:
             if spec.name.startswith(_PAST):
                 shape = (num_slots, *(int(size) for size in spec.shape[1:]))
@@ -54,16 +53,11 @@ class KVCachePool:
         return self._in_place[slot]
 
     def first_in_place(self, num_slots: int) -> Mapping[str, View]:
-        """Bindings, as input and as output, of every cache of the slots 0 to `num_slots` - 1: [num_slots,H,C,D] each.
-
-        The same object every time, for each `num_slots`.
-        """
-        if num_slots not in self._first_in_place:
-            bindings = {}
-            for name, buffer in self._buffers.items():
-                bindings[name] = bindings[_PAST + name] = buffer.view(shape=(num_slots, *buffer.shape[1:]))
-            self._first_in_place[num_slots] = bindings
-        return self._first_in_place[num_slots]
+        """Bindings, as input and as output, of every cache of slots 0 to `num_slots` - 1: [num_slots,H,C,D] each."""
+        bindings = {}
+        for name, buffer in self._buffers.items():
+            bindings[name] = bindings[_PAST + name] = buffer.view(shape=(num_slots, *buffer.shape[1:]))
+        return bindings
 
     def read_rows(self, name: str, slot: int, start: int, stop: int) -> NDArray[np.float32]:
         """A host copy of the rows [start, stop) of one cache's slot: [H, stop - start, D]."""
