@@ -89,6 +89,17 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _console.print(Text.assemble(("warning:", "bold yellow"), f" {message}"), soft_wrap=True)
 
 
+_Bundle = Annotated[Path, typer.Argument(help="A bundle folder.")]
+_EngineToRun = Annotated[
+    str, typer.Option(help="The engine to run, or auto: the best of the bundle's that this machine can run.")
+]
+_PrecisionToRun = Annotated[
+    Optional[str],  # noqa: UP045 (Typer reads the annotation)
+    typer.Option(help="The engine's precision, or auto.  [default: fp32 where the engine has it, else auto]"),
+]
+_Threads = Annotated[Optional[int], typer.Option(help="Threads per engine.  [default: physical cores]")]  # noqa: UP045
+
+
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
@@ -226,7 +237,7 @@ def build(
 
 @app.command()
 def inspect(
-    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
+    bundle: _Bundle,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON instead.")] = False,
 ) -> None:
     """Show a bundle: models, layer map with gates, graphs, passes, engines."""
@@ -255,7 +266,7 @@ def doctor(
 
 @app.command()
 def generate(
-    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
+    bundle: _Bundle,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the user says.")],
     system: Annotated[Optional[str], typer.Option(help="A system message before it.")] = None,  # noqa: UP045
     fuse: Annotated[bool, typer.Option("--fuse/--no-fuse", help="Use the sharers, or the receiver alone.")] = True,
@@ -275,14 +286,9 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="Penalise repeated tokens; 1.0 is off.")] = 1.0,
     seed: Annotated[Optional[int], typer.Option(help="Seed for sampling.")] = None,  # noqa: UP045
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on after stop tokens.")] = False,
-    engine: Annotated[
-        str, typer.Option(help="The engine to run, or auto: the best of the bundle's that this machine can run.")
-    ] = "ort-cpu",
-    precision: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="The engine's precision, or auto.  [default: fp32 where the engine has it, else auto]"),
-    ] = None,
-    threads: Annotated[Optional[int], typer.Option(help="Threads per engine.  [default: physical cores]")] = None,  # noqa: UP045
+    engine: _EngineToRun = "ort-cpu",
+    precision: _PrecisionToRun = None,
+    threads: _Threads = None,
     timings: Annotated[bool, typer.Option("--timings", help="Print timings to stderr.")] = False,
 ) -> None:
     """Answer a prompt, streaming the text."""
@@ -326,15 +332,10 @@ def generate(
 
 @app.command()
 def bench(
-    bundle: Annotated[Path, typer.Argument(help="A bundle folder.")],
-    engine: Annotated[
-        str, typer.Option(help="The engine to run, or auto: the best of the bundle's that this machine can run.")
-    ] = "ort-cpu",
-    precision: Annotated[
-        Optional[str],  # noqa: UP045
-        typer.Option(help="The engine's precision, or auto.  [default: fp32 where the engine has it, else auto]"),
-    ] = None,
-    threads: Annotated[Optional[int], typer.Option(help="Threads per engine.  [default: physical cores]")] = None,  # noqa: UP045
+    bundle: _Bundle,
+    engine: _EngineToRun = "ort-cpu",
+    precision: _PrecisionToRun = None,
+    threads: _Threads = None,
     prompt_tokens: Annotated[
         Optional[list[int]],  # noqa: UP045
         typer.Option(help="Length of a prompt; repeatable.  [default: those of 128, 256, 512 that fit the capacity]"),

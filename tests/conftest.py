@@ -8,13 +8,16 @@ names a folder, bundles are kept there and reused by later runs; empty it after 
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from command_line import RunCli
 from filelock import FileLock
 from hypothesis import settings
 
+from c2c_export import cli
 from c2c_export.bundle import FusionMode
 from runtime import C2CPipeline
 
@@ -77,6 +80,27 @@ def recorded_pipeline(recorded_bundle: Callable[[str], Path]) -> Callable[[str],
         return loaded[name]
 
     return find_or_load
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCli:
+    """Run the console script in this process: exit code, stdout, stderr."""
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("TERMINAL_WIDTH", "200")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["c2c-export", *(str(argument) for argument in arguments)])
+        capsys.readouterr()
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as exit_:
+            code = int(exit_.code or 0)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        return code, out, err
+
+    return run
 
 
 @pytest.fixture(scope="session")

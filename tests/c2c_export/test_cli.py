@@ -13,36 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import RunCli
 
-from c2c_export import __version__, cli
+from c2c_export import __version__
 from runtime import C2CPipeline
 
 ROOT = Path(__file__).parents[2]
 ALIGNED = "qwen3_from_llama_aligned"
 PROMPT = "What is the capital of France?"
-
-RunCli = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCli:
-    """Run the console script in this process: exit code, stdout, stderr."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERMINAL_WIDTH", "200")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["c2c-export", *(str(argument) for argument in arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")

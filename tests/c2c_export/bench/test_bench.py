@@ -2,14 +2,13 @@
 
 import json
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import RunCli
 
-from c2c_export import cli
 from c2c_export.bench.report import BenchReport, PhaseTimes
 from runtime import C2CPipeline
 
@@ -17,38 +16,22 @@ UNALIGNED, ALIGNED, TWO_SHARERS = "qwen3_from_qwen2", "qwen3_from_llama_aligned"
 GOLDEN = Path(__file__).parents[2] / "golden"
 
 BundleOf = Callable[[str], Path]
-RunCli = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCli:
-    """Run the console script in this process: exit code, stdout, stderr."""
-    monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setenv("TERMINAL_WIDTH", "200")
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["c2c-export", "bench", *(str(argument) for argument in arguments)])
-        capsys.readouterr()
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as exit_:
-            code = int(exit_.code or 0)
-        out, err = capsys.readouterr()
-        assert "Traceback" not in err
-        return code, out, err
-
-    return run
+def run_bench(run_cli: RunCli) -> RunCli:
+    """Run `c2c-export bench` in this process: exit code, stdout, stderr."""
+    return lambda *arguments: run_cli("bench", *arguments)
 
 
 @pytest.fixture
-def bench(run_cli: RunCli, tmp_path: Path) -> Callable[..., BenchReport]:
+def bench(run_bench: RunCli, tmp_path: Path) -> Callable[..., BenchReport]:
     """Run a small benchmark on one thread; its report, read back from the JSON."""
 
     def run(*arguments: object) -> BenchReport:
         path = tmp_path / "report.json"
         small = ("--threads", 1, "--new-tokens", 4, "--repeats", 2, "--json", path)
-        code, _, err = run_cli(*arguments, *small)
+        code, _, err = run_bench(*arguments, *small)
         assert code == 0, err
         assert list(tmp_path.glob(".*")) == []  # written beside, then renamed
         return BenchReport.model_validate_json(path.read_text())
@@ -92,11 +75,11 @@ def test_prompts_and_batches_are_all_measured(bench: Callable[..., BenchReport],
 @pytest.mark.xdist_group(UNALIGNED)
 @pytest.mark.parametrize(("load", "warned"), [(0.1, False), (1.9, True)])
 def test_a_busy_machine_is_said_to_be_one(
-    run_cli: RunCli, recorded_bundle: BundleOf, monkeypatch: pytest.MonkeyPatch, load: float, warned: bool
+    run_bench: RunCli, recorded_bundle: BundleOf, monkeypatch: pytest.MonkeyPatch, load: float, warned: bool
 ):
     monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
     small = ("--threads", 1, "--new-tokens", 3, "--repeats", 1, "--prompt-tokens", 8)
-    code, out, err = run_cli(recorded_bundle(UNALIGNED), *small)
+    code, out, err = run_bench(recorded_bundle(UNALIGNED), *small)
     assert code == 0, err
     assert ("The machine was busy: 1.9" in out) == warned
 
@@ -161,9 +144,9 @@ def test_the_roofline_relates_every_prompt_to_the_machine(bench: Callable[..., B
 
 @pytest.mark.xdist_group(UNALIGNED)
 @pytest.mark.parametrize(("name", "beginning"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml")])
-def test_a_plot_is_drawn(run_cli: RunCli, recorded_bundle: BundleOf, tmp_path: Path, name: str, beginning: bytes):
+def test_a_plot_is_drawn(run_bench: RunCli, recorded_bundle: BundleOf, tmp_path: Path, name: str, beginning: bytes):
     small = ("--threads", 1, "--new-tokens", 3, "--repeats", 1, "--prompt-tokens", 8, "--batch", 1, "--batch", 2)
-    code, out, err = run_cli(recorded_bundle(UNALIGNED), *small, "--plot", tmp_path / name)
+    code, out, err = run_bench(recorded_bundle(UNALIGNED), *small, "--plot", tmp_path / name)
     assert code == 0, err
     assert (tmp_path / name).read_bytes().startswith(beginning)
     assert "receiver alone" in out
@@ -221,63 +204,63 @@ MISUSE: dict[str, tuple[list[Any], str]] = {
 
 @pytest.mark.xdist_group(UNALIGNED)
 @pytest.mark.parametrize("case", MISUSE)
-def test_wrong_use_is_refused_in_a_line(run_cli: RunCli, recorded_bundle: BundleOf, case: str):
+def test_wrong_use_is_refused_in_a_line(run_bench: RunCli, recorded_bundle: BundleOf, case: str):
     arguments, message = MISUSE[case]
-    code, out, err = run_cli(recorded_bundle(UNALIGNED), *arguments)
+    code, out, err = run_bench(recorded_bundle(UNALIGNED), *arguments)
     assert (code, out) == (2, "")
     assert re.search(message, err), err
     assert len(err.strip().splitlines()) <= 3
 
 
 @pytest.mark.xdist_group(UNALIGNED)
-def test_a_reference_needs_its_sources(run_cli: RunCli, recorded_bundle: BundleOf, tmp_path: Path):
+def test_a_reference_needs_its_sources(run_bench: RunCli, recorded_bundle: BundleOf, tmp_path: Path):
     wrapper = tmp_path / "rosetta" / "model" / "wrapper.py"
     wrapper.parent.mkdir(parents=True)
     wrapper.touch()
     path = recorded_bundle(UNALIGNED)
-    code, _, err = run_cli(path, "--reference", tmp_path, "--receiver", tmp_path / "gone")
+    code, _, err = run_bench(path, "--reference", tmp_path, "--receiver", tmp_path / "gone")
     assert code == 2
     assert "gone is not there; name it with --receiver" in err
-    code, _, err = run_cli(path, "--reference", tmp_path, "--sharer", GOLDEN)
+    code, _, err = run_bench(path, "--reference", tmp_path, "--sharer", GOLDEN)
     assert code == 2
     assert "1 --sharer and 0 --fuser given" in err
-    code, _, err = run_cli(path, "--reference", tmp_path, "--reference-python", tmp_path / "python")
+    code, _, err = run_bench(path, "--reference", tmp_path, "--reference-python", tmp_path / "python")
     assert code == 2
     assert "no such interpreter" in err
 
 
 @pytest.mark.xdist_group(UNALIGNED)
-def test_text_to_text_needs_the_sharers_own_bundle(run_cli: RunCli, recorded_bundle: BundleOf):
+def test_text_to_text_needs_the_sharers_own_bundle(run_bench: RunCli, recorded_bundle: BundleOf):
     path = recorded_bundle(UNALIGNED)
-    code, _, err = run_cli(path, "--text-to-text", path)
+    code, _, err = run_bench(path, "--text-to-text", path)
     assert code == 2
     assert "expected the files of the pair's sharer" in err
 
 
 @pytest.mark.xdist_group(ALIGNED)
-def test_a_template_longer_than_the_prompt_is_named(run_cli: RunCli, recorded_bundle: BundleOf):
-    code, _, err = run_cli(recorded_bundle(ALIGNED), "--prompt-tokens", 2, "--new-tokens", 4)
+def test_a_template_longer_than_the_prompt_is_named(run_bench: RunCli, recorded_bundle: BundleOf):
+    code, _, err = run_bench(recorded_bundle(ALIGNED), "--prompt-tokens", 2, "--new-tokens", 4)
     assert code == 2
     assert "--prompt-tokens 2: the chat template alone takes as many" in err
 
 
 @pytest.mark.xdist_group(UNALIGNED)
 def test_a_missing_library_is_named_with_its_extra(
-    run_cli: RunCli, recorded_bundle: BundleOf, monkeypatch: pytest.MonkeyPatch
+    run_bench: RunCli, recorded_bundle: BundleOf, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("c2c_export.bench.options.find_spec", lambda _: None)
     for option, module in ((("--plot", "a.png"), "matplotlib"), (("--roofline",), "onnx_ir")):
-        code, _, err = run_cli(recorded_bundle(UNALIGNED), *option)
+        code, _, err = run_bench(recorded_bundle(UNALIGNED), *option)
         assert code == 2
         assert module in err
         assert "c2c-export[bench]" in err
 
 
 @pytest.mark.xdist_group(UNALIGNED)
-def test_the_json_holds_what_the_tables_show(run_cli: RunCli, recorded_bundle: BundleOf, tmp_path: Path):
+def test_the_json_holds_what_the_tables_show(run_bench: RunCli, recorded_bundle: BundleOf, tmp_path: Path):
     path = tmp_path / "report.json"
     small = ("--threads", 1, "--new-tokens", 3, "--repeats", 1, "--prompt-tokens", 8)
-    code, out, err = run_cli(recorded_bundle(UNALIGNED), *small, "--json", path)
+    code, out, err = run_bench(recorded_bundle(UNALIGNED), *small, "--json", path)
     assert code == 0, err
     (prompt,) = json.loads(path.read_text())["prompts"]
     assert f"{prompt['c2c']['ttft']:.3f}" in out
