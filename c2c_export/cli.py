@@ -421,6 +421,8 @@ def bench(
         from c2c_export.bench.plot import write_plot
 
         write_plot(report, plot)
+    if report.reference_problem is not None:
+        raise C2CError(report.reference_problem)
 
 
 def _output() -> Console:

@@ -19,6 +19,7 @@ from c2c_export.tokenizer import BundledTokenizer
 from engines.base import Device, Engine
 from engines.select import load_engine, new_device, open_engine
 from runtime.decoder import Decoder
+from runtime.freed_memory import return_freed_memory
 from runtime.fuser import Fuser
 from runtime.messages import Message
 from runtime.prefill import Prefiller
@@ -49,12 +50,13 @@ class C2CPipeline:
         def load(record: EngineRecord) -> _Engines:
             return _load_engines(bundle, record, num_slots, num_threads)
 
-        self.engine_choice, engines = open_engine(bundle, engine, precision, load)
-        """The engine that runs, and why (`reason`)."""
-        self.receiver, self.prefiller = engines.receiver, engines.prefiller
         receiver_tokenizer = BundledTokenizer.load(bundle.tokenizer_folder())
         self.tokenizer: Tokenizer = receiver_tokenizer.backend
         self._planner = _load_planner(bundle, receiver_tokenizer)
+        return_freed_memory()  # before the engines take their own
+        self.engine_choice, engines = open_engine(bundle, engine, precision, load)
+        """The engine that runs, and why (`reason`)."""
+        self.receiver, self.prefiller = engines.receiver, engines.prefiller
         self._free_slots = list(range(num_slots))
         self._num_slots = num_slots
 

@@ -218,3 +218,5 @@ class BenchReport(Record):
     text_to_text: TextToTextRecord | None = None
     roofline: RooflineRecord | None = None
     reference: ReferenceRecord | None = None
+    reference_problem: str | None = None
+    """Why the research code could not be measured, where it was asked for and failed."""

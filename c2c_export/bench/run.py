@@ -32,7 +32,7 @@ from c2c_export.bench.report import (
 )
 from c2c_export.bench.text_to_text import check_sharer_bundle, measure_text_to_text
 from c2c_export.bundle import Bundle, Manifest
-from c2c_export.errors import UsageError
+from c2c_export.errors import C2CError, UsageError
 from c2c_export.progress import Step
 from runtime import C2CPipeline
 
@@ -40,7 +40,8 @@ from runtime import C2CPipeline
 def run_bench(options: BenchOptions, step: Step) -> BenchReport:
     """Measure what `options` ask for.
 
-    Raises `UsageError` for what cannot be measured, and what opening the bundle or the research code raises.
+    Raises `UsageError` for what cannot be measured, and what opening the bundle raises. A failure of the research code
+    is told in the report, so that it costs no measurements.
     """
     check_options(options)
     manifest = Bundle.open(options.bundle).manifest
@@ -78,6 +79,13 @@ def run_bench(options: BenchOptions, step: Step) -> BenchReport:
             batches += measure_batches(
                 pipeline, length, options.batches, options.new_tokens, options.repeats, random, sizes
             )
+    text_to_text = _text_to_text(options, pipeline, step)
+    roofline = _roofline(options, pipeline, prompts, num_threads, step)
+    reference, reference_problem = None, None
+    try:
+        reference = _reference(options, manifest, made, prompts, generated, num_threads, step)
+    except C2CError as error:
+        reference_problem = str(error)
     return BenchReport(
         machine=_machine(num_threads, load_before),
         bundle=summary,
@@ -90,9 +98,10 @@ def run_bench(options: BenchOptions, step: Step) -> BenchReport:
         ),
         prompts=tuple(prompts),
         batches=tuple(batches),
-        text_to_text=_text_to_text(options, pipeline, step),
-        roofline=_roofline(options, pipeline, prompts, num_threads, step),
-        reference=_reference(options, manifest, made, prompts, generated, num_threads, step),
+        text_to_text=text_to_text,
+        roofline=roofline,
+        reference=reference,
+        reference_problem=reference_problem,
     )
 
 

@@ -18,7 +18,7 @@ but for the zero point. docs/accuracy.md has the measurements behind every choic
 
 A graph that generates tokens (it has logits) multiplies activations rounded to 8 bits (`accuracy_level` 4), several
 times faster for single tokens; other graphs, which only read prompts, multiply them in float32 (level 1), faster for
-many. `use_float_activations` makes of the former a graph for prompts, with the same weights.
+many (docs/accuracy.md tells why a receiver has no second graph for its prompts).
 
 Not quantised: biases, norms, matrices with fewer than 32 rows, and products of two activations. The integers of all
 matrices are in memory until the graph is saved; they are what the engine itself will need.
@@ -65,19 +65,6 @@ def quantize_for_cpu(model: ir.Model, precision: Literal["int8", "int4"]) -> Qua
     Raises `C2CError` naming the model's layer of a weight that is not finite, or the node whose shapes are unknown.
     """
     return _Quantizing(model, 8 if precision == "int8" else 4).run()
-
-
-def use_float_activations(model: ir.Model) -> int:
-    """Let a quantised graph multiply activations in float32, all but the LM head, which reads one token a prompt.
-
-    Changes attributes only, so the graph can share its weights' file with the graph that it was made from. Returns how
-    many products changed.
-    """
-    head = lm_head(model.graph)
-    products = [node for node in model.graph if node.op_type == _PRODUCT and node is not head]
-    for node in products:
-        node.attributes[_LEVEL] = ir.AttrInt64(_LEVEL, _FLOAT_ACTIVATIONS)
-    return len(products)
 
 
 class _Quantizing:

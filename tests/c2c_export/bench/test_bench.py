@@ -230,6 +230,25 @@ def test_a_reference_needs_its_sources(run_bench: RunCli, recorded_bundle: Bundl
 
 
 @pytest.mark.xdist_group(UNALIGNED)
+def test_a_research_code_that_fails_costs_no_measurements(
+    run_bench: RunCli, recorded_bundle: BundleOf, tmp_path: Path
+):
+    wrapper = tmp_path / "rosetta" / "model" / "wrapper.py"
+    wrapper.parent.mkdir(parents=True)
+    wrapper.touch()
+    report, pair = tmp_path / "report.json", GOLDEN / UNALIGNED
+    sources = ("--receiver", pair / "receiver", "--sharer", pair / "sharer", "--fuser", pair / "fuser")
+    small = ("--threads", 1, "--new-tokens", 3, "--repeats", 1, "--prompt-tokens", 8, "--json", report)
+    code, out, err = run_bench(recorded_bundle(UNALIGNED), *small, "--reference", tmp_path, *sources)
+    assert code == 1
+    assert "the research code failed" in err
+    written = json.loads(report.read_text())
+    assert f"{written['prompts'][0]['c2c']['ttft']:.3f}" in out
+    assert written["reference"] is None
+    assert "the research code failed" in written["reference_problem"]
+
+
+@pytest.mark.xdist_group(UNALIGNED)
 def test_text_to_text_needs_the_sharers_own_bundle(run_bench: RunCli, recorded_bundle: BundleOf):
     path = recorded_bundle(UNALIGNED)
     code, _, err = run_bench(path, "--text-to-text", path)
