@@ -230,9 +230,7 @@ def test_a_reference_needs_its_sources(run_bench: RunCli, recorded_bundle: Bundl
 
 
 @pytest.mark.xdist_group(UNALIGNED)
-def test_a_research_code_that_fails_costs_no_measurements(
-    run_bench: RunCli, recorded_bundle: BundleOf, tmp_path: Path
-):
+def test_a_research_code_that_fails_costs_no_measurements(run_bench: RunCli, recorded_bundle: BundleOf, tmp_path: Path):
     wrapper = tmp_path / "rosetta" / "model" / "wrapper.py"
     wrapper.parent.mkdir(parents=True)
     wrapper.touch()
