@@ -1,8 +1,8 @@
 """Engines on ONNX Runtime: a session per graph, caches bound by pointer and updated in place, nothing copied.
 
-The CPU provider runs the portable graphs as they are. `TensorScatter` writes in place because the same address is bound
-as its input and as its output (https://onnxruntime.ai/docs/api/python/api_summary.html#iobinding). `OrtEngine` is what
-the CPU provider and the CUDA provider (`engines.ort.cuda`) have in common.
+Operators that write a cache do so in place because the same address is bound as their input and as their output
+(https://onnxruntime.ai/docs/api/python/api_summary.html#iobinding). `OrtEngine` is what the CPU provider and the CUDA
+provider (`engines.ort.cuda`) have in common.
 """
 
 import time

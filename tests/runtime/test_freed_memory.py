@@ -8,14 +8,13 @@ import pytest
 
 # Small blocks come from the heap, and one that is kept at its end would hold all of them.
 SCRIPT = """
-import re, sys
+import ctypes, re
 from pathlib import Path
 from runtime.freed_memory import return_freed_memory
 
 def resident():
     return int(re.search(r"VmRSS:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) >> 10
 
-import ctypes
 libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 blocks = [libc.malloc(2000) for _ in range(100_000)]

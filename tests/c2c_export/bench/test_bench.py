@@ -39,6 +39,15 @@ def bench(run_bench: RunCli, tmp_path: Path) -> Callable[..., BenchReport]:
     return run
 
 
+@pytest.fixture
+def empty_checkout(tmp_path: Path) -> Path:
+    """What is taken for a checkout of the research code, without any code."""
+    wrapper = tmp_path / "rosetta" / "model" / "wrapper.py"
+    wrapper.parent.mkdir(parents=True)
+    wrapper.touch()
+    return tmp_path
+
+
 def check_phases(times: PhaseTimes) -> None:
     assert times.ttft > 0
     assert times.receiver_prefill > 0
@@ -213,31 +222,27 @@ def test_wrong_use_is_refused_in_a_line(run_bench: RunCli, recorded_bundle: Bund
 
 
 @pytest.mark.xdist_group(UNALIGNED)
-def test_a_reference_needs_its_sources(run_bench: RunCli, recorded_bundle: BundleOf, tmp_path: Path):
-    wrapper = tmp_path / "rosetta" / "model" / "wrapper.py"
-    wrapper.parent.mkdir(parents=True)
-    wrapper.touch()
+def test_a_reference_needs_its_sources(run_bench: RunCli, recorded_bundle: BundleOf, empty_checkout: Path):
     path = recorded_bundle(UNALIGNED)
-    code, _, err = run_bench(path, "--reference", tmp_path, "--receiver", tmp_path / "gone")
+    code, _, err = run_bench(path, "--reference", empty_checkout, "--receiver", empty_checkout / "gone")
     assert code == 2
     assert "gone is not there; name it with --receiver" in err
-    code, _, err = run_bench(path, "--reference", tmp_path, "--sharer", GOLDEN)
+    code, _, err = run_bench(path, "--reference", empty_checkout, "--sharer", GOLDEN)
     assert code == 2
     assert "1 --sharer and 0 --fuser given" in err
-    code, _, err = run_bench(path, "--reference", tmp_path, "--reference-python", tmp_path / "python")
+    code, _, err = run_bench(path, "--reference", empty_checkout, "--reference-python", empty_checkout / "python")
     assert code == 2
     assert "no such interpreter" in err
 
 
 @pytest.mark.xdist_group(UNALIGNED)
-def test_a_research_code_that_fails_costs_no_measurements(run_bench: RunCli, recorded_bundle: BundleOf, tmp_path: Path):
-    wrapper = tmp_path / "rosetta" / "model" / "wrapper.py"
-    wrapper.parent.mkdir(parents=True)
-    wrapper.touch()
-    report, pair = tmp_path / "report.json", GOLDEN / UNALIGNED
+def test_a_research_code_that_fails_costs_no_measurements(
+    run_bench: RunCli, recorded_bundle: BundleOf, empty_checkout: Path
+):
+    report, pair = empty_checkout / "report.json", GOLDEN / UNALIGNED
     sources = ("--receiver", pair / "receiver", "--sharer", pair / "sharer", "--fuser", pair / "fuser")
     small = ("--threads", 1, "--new-tokens", 3, "--repeats", 1, "--prompt-tokens", 8, "--json", report)
-    code, out, err = run_bench(recorded_bundle(UNALIGNED), *small, "--reference", tmp_path, *sources)
+    code, out, err = run_bench(recorded_bundle(UNALIGNED), *small, "--reference", empty_checkout, *sources)
     assert code == 1
     assert "the research code failed" in err
     written = json.loads(report.read_text())
