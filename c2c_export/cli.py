@@ -167,9 +167,12 @@ def build(
     bundle: Annotated[Path, typer.Argument(help="A bundle folder; the engines are added to it.")],
     engine: Annotated[str, typer.Option(help="What to build for: ort-cpu, tensorrt-rtx, tensorrt or ort-cuda.")],
     precision: Annotated[
-        str,
-        typer.Option(help="Number format: fp16 or bf16; int8 or int4 for weights in integers and the rest in fp16."),
-    ] = "fp16",
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="Number format: fp16 or bf16 on GPUs, fp32 on ort-cpu; int8 or int4 for weights in integers and the "
+            "rest in fp16, on ort-cpu in fp32.  [default: fp16, on ort-cpu fp32]"
+        ),
+    ] = None,
     max_batch: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(help="Requests that one decode step serves at most.  [default: 8]"),
@@ -215,11 +218,12 @@ def build(
     from c2c_export.build import build as build_engines
     from c2c_export.build_plan import BuildOptions
     from c2c_export.progress import BuildDisplay
+    from engines.targets import default_precision
 
     options = BuildOptions(
         bundle=bundle,
         target=engine,
-        precision=precision,
+        precision=precision or default_precision(engine),
         max_batch=max_batch,
         decode_optimum=decode_optimum,
         compute_capabilities=compute_capability or (),
@@ -342,7 +346,7 @@ def bench(
     ] = None,
     batch: Annotated[
         Optional[list[int]],  # noqa: UP045
-        typer.Option(help="Requests that a decode step serves at once; repeatable.  [default: 1]"),
+        typer.Option(help="Measure decode steps that serve so many requests at once; repeatable."),
     ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32,
     repeats: Annotated[int, typer.Option(help="Runs of everything, of which medians are taken.")] = 5,
@@ -401,7 +405,7 @@ def bench(
         precision=precision,
         threads=threads,
         prompt_tokens=prompt_tokens or (),
-        batches=batch or (1,),
+        batches=batch or (),
         new_tokens=new_tokens,
         repeats=repeats,
         seed=seed,
@@ -421,8 +425,8 @@ def bench(
         from c2c_export.bench.plot import write_plot
 
         write_plot(report, plot)
-    if report.reference_problem is not None:
-        raise C2CError(report.reference_problem)
+    if report.problems:
+        raise C2CError("\n".join(report.problems))
 
 
 def _output() -> Console:

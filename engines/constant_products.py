@@ -11,6 +11,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from c2c_export.errors import C2CError
+
 _PRODUCTS = ("MatMul", "FusedMatMul", "MatMulNBits")
 
 
@@ -59,14 +61,22 @@ def _only_transposes_weight(node: ir.Node) -> bool:
 
 
 def lm_head(graph: ir.Graph) -> ir.Node | None:
-    """The product that gives the logits, or what scales them gives; None in a graph without logits."""
+    """The product that gives the logits, or what scales them gives; None in a graph without logits.
+
+    Raises `C2CError` when there are logits and no product that gives them.
+    """
     value = next((output for output in graph.outputs if output.name == "logits"), None)
+    if value is None:
+        return None
     while value is not None:
         node = value.producer()
-        if node is None or node.op_type in _PRODUCTS:
+        if node is None:
+            break
+        if node.op_type in _PRODUCTS:
             return node
-        value = node.inputs[0]
-    return None
+        computed = [x for x in node.inputs if x is not None and x.const_value is None and x.producer() is not None]
+        value = computed[0] if len(computed) == 1 else None
+    raise C2CError("the graph's logits are not those of a product with the LM head; export the bundle again")
 
 
 def constant_tensor(weight: ir.Value) -> ir.TensorProtocol:

@@ -60,9 +60,7 @@ def open_engine(
     engine, `C2CError` when it has but none of them can run on this machine; where both are named, what `load` raises.
     `probe` looks at the machine, given the modules that matter; it is called only for engines on GPUs.
     """
-    has_float32 = engine not in TARGETS or "fp32" in TARGETS[engine].precisions
-    wanted_precision = precision or ("fp32" if engine != AUTO and has_float32 else AUTO)
-    wanted = _wanted(bundle, engine, wanted_precision)
+    wanted = wanted_engines(bundle, engine, precision)
     judge = _Judge(bundle, probe)
     obstacles: dict[str, list[str]] = {}
     for record in wanted:
@@ -72,7 +70,7 @@ def open_engine(
             try:
                 loaded = load(record)
             except C2CError as error:
-                if AUTO not in (engine, wanted_precision):
+                if AUTO not in (engine, _precision_of(engine, precision)):
                     raise
                 obstacle = reason_of(error)
             else:
@@ -149,8 +147,12 @@ class _Judge:
         return self._machine
 
 
-def _wanted(bundle: Bundle, engine: str, precision: str) -> list[EngineRecord]:
-    """The bundle's engines that were asked for, the best first. Raises `UsageError` when there are none."""
+def wanted_engines(bundle: Bundle, engine: str, precision: str | None) -> list[EngineRecord]:
+    """The bundle's engines that were asked for as in `open_engine`, the best first.
+
+    Raises `UsageError` when there are none.
+    """
+    precision = _precision_of(engine, precision)
     available = list(_available(bundle))
     wanted = [
         record for record in available if engine in (AUTO, record.target) and precision in (AUTO, record.precision)
@@ -162,6 +164,11 @@ def _wanted(bundle: Bundle, engine: str, precision: str) -> list[EngineRecord]:
         )
         raise UsageError(f"{bundle.root} has no {asked_for}; it has {listed}")
     return sorted(wanted, key=_rank)
+
+
+def _precision_of(engine: str, precision: str | None) -> str:
+    has_float32 = engine not in TARGETS or "fp32" in TARGETS[engine].precisions
+    return precision or ("fp32" if engine != AUTO and has_float32 else AUTO)
 
 
 def _available(bundle: Bundle) -> Iterator[EngineRecord]:

@@ -242,3 +242,8 @@ TARGETS: dict[str, Target] = {
         ),
     )
 }
+
+
+def default_precision(name: str) -> str:
+    """The precision that a target's engines are built in unless another is asked for."""
+    return "fp32" if name == "ort-cpu" else "fp16"

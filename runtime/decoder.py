@@ -49,6 +49,11 @@ class Decoder:
                 self._logits = allocate((num_slots, int(spec.shape[2])), spec.dtype)
 
     @property
+    def capacity(self) -> int:
+        """Rows that each slot has."""
+        return self._max_length
+
+    @property
     def device(self) -> Device:
         """The device that `run` queues its work on."""
         return self._engine.device

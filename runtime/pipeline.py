@@ -17,7 +17,8 @@ from c2c_export.bundle import Bundle, EngineRecord
 from c2c_export.errors import C2CError, UsageError
 from c2c_export.tokenizer import BundledTokenizer
 from engines.base import Device, Engine
-from engines.select import load_engine, new_device, open_engine
+from engines.cores import check_threads
+from engines.select import load_engine, new_device, open_engine, wanted_engines
 from runtime.decoder import Decoder
 from runtime.freed_memory import return_freed_memory
 from runtime.fuser import Fuser
@@ -45,6 +46,9 @@ class C2CPipeline:
         for name, count in (("num_slots", num_slots), ("num_threads", 1 if num_threads is None else num_threads)):
             if isinstance(count, bool) or not isinstance(count, int) or count < 1:
                 raise UsageError(f"{name} is {count!r}, expected an integer of at least 1")
+        if num_threads is not None:
+            check_threads("num_threads", num_threads)
+        wanted_engines(bundle, engine, precision)  # before the tokenizers are read, which takes seconds
         self.bundle = bundle
 
         def load(record: EngineRecord) -> _Engines:

@@ -60,6 +60,17 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
             "original_max_position_embeddings": 32,
         },
     ),
+    "llama_yarn_relu": lambda: LlamaConfig(
+        **_SIZES,
+        tie_word_embeddings=True,
+        hidden_act="relu",
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 100.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
     "qwen2_sliding_from_layer_1": lambda: Qwen2Config(
         **_SIZES, tie_word_embeddings=True, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
     ),

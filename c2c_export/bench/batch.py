@@ -1,56 +1,70 @@
 """Decode steps that serve several requests in one run of the engine.
 
 The requests are prefilled one after another, each into a slot of its own; then every step computes one token for each
-of the first n slots. A repeat starts again after the prompts, over the same rows.
+slot, and chooses the best. A repeat starts again after the prompts, over the same rows. Every number of requests gets a
+pipeline of its own, so that its memory is not that of a larger one.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from statistics import median
 
 import numpy as np
 
-from c2c_export.bench.measure import Sizes
-from c2c_export.bench.memory import PeakMemory
+from c2c_export.bench.memory import PeakMemory, available_bytes, row_bytes, used_cache_bytes
 from c2c_export.bench.prompts import make_prompt
 from c2c_export.bench.report import BatchRecord
+from c2c_export.errors import UsageError
 from runtime import C2CPipeline, Session
 
 
+def check_batches(pipeline: C2CPipeline, batches: Sequence[int], num_rows: int) -> None:
+    """Raise `UsageError` where the caches of so many requests of `num_rows` rows do not fit into memory."""
+    available = available_bytes()
+    if not batches or available is None or pipeline.receiver.device.memory != "cpu":
+        return
+    needed = max(batches) * num_rows * sum(row_bytes(decoder) for decoder in pipeline.decoders)
+    if needed > available:
+        raise UsageError(
+            f"--batch {max(batches)}: the caches of so many requests of {num_rows} tokens take {needed / 1e9:.1f} GB, "
+            f"and {available / 1e9:.1f} GB of memory are free; ask for at most {max(batches) * available // needed}"
+        )
+
+
 def measure_batches(
-    pipeline: C2CPipeline,
-    num_tokens: int,
-    batches: Sequence[int],
+    open_pipeline: Callable[[int], C2CPipeline],
+    batch: int,
+    lengths: Sequence[int],
     new_tokens: int,
     repeats: int,
     random: np.random.Generator,
-    sizes: Sizes,
+    weight_bytes: int,
 ) -> Iterator[BatchRecord]:
-    """Measure steps of each number of requests in `batches`, all with prompts of `num_tokens` tokens.
+    """Measure steps of `batch` requests after prompts of each of `lengths` tokens, the shortest first.
 
-    Medians over the steps of `repeats` runs after one that is not counted. The pipeline must have slots for the
-    largest number, all of them free.
+    Medians over the steps of `repeats` runs after one that is not counted. `open_pipeline` is given the slots.
     """
-    with ExitStack() as stack:
-        sessions = [
-            stack.enter_context(pipeline.prefill(make_prompt(pipeline, num_tokens, random).prompt))
-            for _ in range(max(batches))
-        ]
-        sessions.sort(key=lambda session: session.slot)
-        assert [session.slot for session in sessions] == list(range(len(sessions)))
-        for batch in sorted(set(batches)):
-            memory = PeakMemory()
-            run_steps(pipeline, sessions[:batch], new_tokens - 1)
-            seconds = [value for _ in range(repeats) for value in run_steps(pipeline, sessions[:batch], new_tokens - 1)]
-            milliseconds = 1000 * median(seconds)
-            yield BatchRecord(
-                asked_tokens=num_tokens,
-                batch=batch,
-                ms_per_step=milliseconds,
-                tokens_per_second=1000 * batch / milliseconds,
-                memory=memory.record(sizes.weight_bytes, len(sessions) * sizes.cache_bytes_per_slot),
-            )
+    pipeline = open_pipeline(batch)
+    for num_tokens in sorted(lengths):
+        memory = PeakMemory()
+        prompts = [make_prompt(pipeline, num_tokens, random) for _ in range(batch)]
+        with ExitStack() as stack:
+            sessions = [stack.enter_context(pipeline.prefill(prompt.prompt)) for prompt in prompts]
+            sessions.sort(key=lambda session: session.slot)
+            assert [session.slot for session in sessions] == list(range(batch))
+            run_steps(pipeline, sessions, new_tokens - 1)
+            seconds = [value for _ in range(repeats) for value in run_steps(pipeline, sessions, new_tokens - 1)]
+        milliseconds = 1000 * median(seconds)
+        yield BatchRecord(
+            asked_tokens=num_tokens,
+            batch=batch,
+            ms_per_step=milliseconds,
+            tokens_per_second=1000 * batch / milliseconds,
+            memory=memory.record(
+                weight_bytes, sum(used_cache_bytes(pipeline, prompt.plan, new_tokens) for prompt in prompts)
+            ),
+        )
 
 
 def run_steps(pipeline: C2CPipeline, sessions: Sequence[Session], num_steps: int) -> list[float]:

@@ -5,7 +5,6 @@ comparison. Reading is measured over an array far larger than the caches, both b
 and by ONNX Runtime's product of one row with a large matrix, which is what a decode step does; the faster one counts.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from c2c_export.bench.report import GemmSpeed
+from engines.cores import usable_cores
 
 _OPSET, _IR_VERSION = 21, 10
 _READ_BYTES = 512 << 20
@@ -30,7 +30,7 @@ def measure_gemms(shapes: Sequence[tuple[int, int, int]], threads: int | None, r
 
 def measure_numpy_gflops(shapes: Sequence[tuple[int, int, int]], threads: int, repeats: int) -> float | None:
     """numpy's best speed over the same products; None unless `threads` is what its BLAS takes by itself."""
-    if threads != len(os.sched_getaffinity(0)):
+    if threads != len(usable_cores()):
         return None
     best = 0.0
     for m, k, n in shapes:

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from c2c_export.bench.memory import PeakMemory
+import numpy as np
+
+from c2c_export.bench.memory import PeakMemory, sharer_rows, used_cache_bytes
 from c2c_export.bench.prompts import BenchPrompt
 from c2c_export.bench.report import PhaseTimes, PromptRecord
 from runtime import C2CPipeline, Generation
@@ -19,37 +21,28 @@ class Run:
     step_seconds: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What the engine must hold, in bytes."""
-
-    weight_bytes: int
-    cache_bytes_per_slot: int
-
-
 def measure_prompt(
-    pipeline: C2CPipeline, prompt: BenchPrompt, new_tokens: int, repeats: int, sizes: Sizes
+    pipeline: C2CPipeline, prompt: BenchPrompt, new_tokens: int, repeats: int, weight_bytes: int
 ) -> tuple[PromptRecord, list[int]]:
-    """Measure `prompt` with all sharers and without; medians over `repeats` runs after one that is not counted.
+    """Measure `prompt` with all sharers and without, by turns; medians over `repeats` runs after one not counted.
 
     Returns the record and the tokens that were generated with all sharers.
     """
     memory = PeakMemory()
-    run_once(pipeline, prompt, new_tokens, fuse=True)
-    fused = [run_once(pipeline, prompt, new_tokens, fuse=True) for _ in range(repeats)]
-    peak = memory.record(sizes.weight_bytes, sizes.cache_bytes_per_slot)
-    run_once(pipeline, prompt, new_tokens, fuse=False)
-    alone = [run_once(pipeline, prompt, new_tokens, fuse=False) for _ in range(repeats)]
+    fused: list[Run] = []
+    alone: list[Run] = []
+    for _ in range(repeats + 1):
+        fused.append(run_once(pipeline, prompt, new_tokens, fuse=True))
+        alone.append(run_once(pipeline, prompt, new_tokens, fuse=False))
     plan = prompt.plan
-    last_fused = max((section.stop for section in plan.sections if section.fused), default=0)
     record = PromptRecord(
         asked_tokens=prompt.asked_tokens,
         receiver_tokens=len(plan.receiver.ids),
-        sharer_tokens=sum(int((tokens.position_ids < last_fused).sum()) for tokens in plan.sharers.values()),
+        sharer_tokens=sharer_rows(plan, pipeline.prefiller.sharers),
         fused_tokens=sum(section.stop - section.start for section in plan.sections if section.fused),
-        c2c=phase_times(fused),
-        receiver_alone=phase_times(alone),
-        memory=peak,
+        c2c=phase_times(fused[1:]),
+        receiver_alone=phase_times(alone[1:]),
+        memory=memory.record(weight_bytes, used_cache_bytes(pipeline, plan, new_tokens)),
     )
     return record, fused[0].generation.token_ids
 
@@ -77,5 +70,19 @@ def phase_times(runs: Sequence[Run]) -> PhaseTimes:
         for name in ("ttft", "sharer_prefill", "receiver_prefill", "fuse")
     }
     rest = median(t.ttft - t.sharer_prefill - t.receiver_prefill - t.fuse for t in timings)
-    milliseconds = 1000 * median(seconds for run in runs for seconds in run.step_seconds)
-    return PhaseTimes(**phases, rest=rest, decode_ms_per_token=milliseconds, tokens_per_second=1000 / milliseconds)
+    steps = [1000 * seconds for run in runs for seconds in run.step_seconds]
+    milliseconds = median(steps)
+    return PhaseTimes(
+        **phases,
+        ttft_range=(min(timing.ttft for timing in timings), max(timing.ttft for timing in timings)),
+        rest=rest,
+        decode_ms_per_token=milliseconds,
+        decode_ms_quartiles=quartiles(steps),
+        tokens_per_second=1000 / milliseconds,
+    )
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float]:
+    """The first and the third quartile of `values`."""
+    first, third = np.quantile(values, [0.25, 0.75])
+    return float(first), float(third)

@@ -4,13 +4,18 @@ The peak (VmHWM) is that since the process began, unless it can be reset: writin
 """
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from c2c_export.bench.report import MemoryRecord
+from runtime import C2CPipeline
+from runtime.decoder import Decoder
+from runtime.prompt import Plan
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
+_MEMINFO = Path("/proc/meminfo")
 _RESET_PEAK = "5"
 
 
@@ -52,6 +57,36 @@ class PeakMemory:
             excess=(resident.peak - needed) / needed,
             measured_by=self.measured_by,
         )
+
+
+def used_cache_bytes(pipeline: C2CPipeline, plan: Plan, new_tokens: int) -> int:
+    """What the rows of one request take in the caches of all models: its prompt's, and those of `new_tokens` tokens."""
+    receiver_rows = len(plan.receiver.ids) + new_tokens - 1  # nothing reads the last token's row
+    sharers = pipeline.prefiller.sharers
+    return receiver_rows * row_bytes(pipeline.receiver) + sum(
+        count * row_bytes(sharers[number]) for number, count in sharer_rows(plan, sharers).items()
+    )
+
+
+def sharer_rows(plan: Plan, computed: Mapping[int, Decoder]) -> dict[int, int]:
+    """How many tokens each sharer of `plan` computes, of those that have open gates."""
+    last_fused = max((section.stop for section in plan.sections if section.fused), default=0)
+    return {
+        number: int((tokens.position_ids < last_fused).sum())
+        for number, tokens in sorted(plan.sharers.items())
+        if number in computed
+    }
+
+
+def row_bytes(decoder: Decoder) -> int:
+    """Bytes of one row of all caches of a model."""
+    return decoder.pool.slot_bytes // decoder.capacity
+
+
+def available_bytes() -> int | None:
+    """Memory that a process could still take, as the kernel estimates it; None where it does not tell."""
+    found = re.search(r"^MemAvailable:\s+(\d+) kB$", _MEMINFO.read_text(), re.MULTILINE) if _MEMINFO.is_file() else None
+    return None if found is None else int(found[1]) << 10
 
 
 def parse_status(text: str) -> Resident | None:

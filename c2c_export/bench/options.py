@@ -1,5 +1,6 @@
 """What `c2c-export bench` is asked for, and the checks that need no engine."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -7,6 +8,7 @@ from pathlib import Path
 
 from c2c_export.bundle import Manifest
 from c2c_export.errors import UsageError
+from engines.cores import check_threads
 
 DEFAULT_PROMPT_TOKENS = (128, 256, 512)
 PLOT_SUFFIXES = (".png", ".svg")
@@ -36,7 +38,8 @@ class BenchOptions:
     """Threads of every engine, of the reference and of the machine's own measures; None is one per physical core."""
     prompt_tokens: Sequence[int] = ()
     """Empty takes those of `DEFAULT_PROMPT_TOKENS` that fit."""
-    batches: Sequence[int] = (1,)
+    batches: Sequence[int] = ()
+    """Empty measures no steps of several requests."""
     new_tokens: int = 32
     repeats: int = 5
     seed: int = 0
@@ -51,13 +54,14 @@ class BenchOptions:
 def check_options(options: BenchOptions) -> None:
     """Raise `UsageError`, naming the option, for what can be seen to be wrong before anything is loaded."""
     least = [("--new-tokens", options.new_tokens, 2), ("--repeats", options.repeats, 1)]
+    least.append(("--seed", options.seed, 0))
     least += [("--prompt-tokens", count, 2) for count in options.prompt_tokens]
     least += [("--batch", count, 1) for count in options.batches]
-    if options.threads is not None:
-        least.append(("--threads", options.threads, 1))
     for name, value, minimum in least:
         if value < minimum:
             raise UsageError(f"{name} {value}: expected at least {minimum}")
+    if options.threads is not None:
+        check_threads("--threads", options.threads)
     for path in (options.json, options.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise UsageError(f"{path}: there is no folder {path.absolute().parent} to write it into")
@@ -97,13 +101,13 @@ def prompt_lengths(options: BenchOptions, manifest: Manifest) -> list[int]:
     return [count for count in DEFAULT_PROMPT_TOKENS if count <= longest] or [longest]
 
 
-def require(what: str, *modules: str) -> None:
-    """Raise `UsageError` unless the modules that `what` needs are installed."""
+def require(what: str, *modules: str, extra: str = "bench") -> None:
+    """Raise `UsageError` unless the modules that `what` needs are installed; `extra` brings them."""
     missing = [module for module in modules if find_spec(module) is None]
     if missing:
         raise UsageError(
             f"{what} needs {', '.join(missing)}, which the bare install leaves out\n"
-            "Install it with: pip install 'c2c-export[bench]'"
+            f"Install it with: pip install 'c2c-export[{extra}]'"
         )
 
 
@@ -115,10 +119,12 @@ def _check_reference(reference: ReferenceOptions) -> None:
         )
     if reference.python is not None and not reference.python.is_file():
         raise UsageError(f"--reference-python {reference.python}: no such interpreter")
+    if reference.python is not None and not os.access(reference.python, os.X_OK):
+        raise UsageError(f"--reference-python {reference.python}: not a file that can be run")
     if len(reference.sharers) != len(reference.fusers):
         raise UsageError(
             f"{len(reference.sharers)} --sharer and {len(reference.fusers)} --fuser given; expected one --fuser per "
             "--sharer, or none of both"
         )
-    if reference.python is None:
-        require("--reference", "torch", "transformers", "safetensors")
+    # Sources are found with the exporter's own libraries, whatever interpreter runs the research code.
+    require("--reference", "torch", "transformers", "safetensors", extra="export")

@@ -18,7 +18,7 @@ def write_plot(report: BenchReport, path: Path) -> None:
     matplotlib.use("agg")
     from matplotlib.figure import Figure
 
-    several = len(report.settings.batches) > 1
+    several = bool(report.batches)
     figure = Figure(figsize=(15 if several else 10, 4.5), layout="constrained")
     axes = figure.subplots(1, 3 if several else 2)
     _draw_first_token(report, axes[0])
@@ -73,7 +73,10 @@ def _draw_batches(report: BenchReport, axes: Any) -> None:
 
 
 def _label(report: BenchReport, axes: Any, what: str) -> None:
-    axes.set_xticks(range(len(report.prompts)), [str(prompt.receiver_tokens) for prompt in report.prompts])
+    # The bars of a length lie around this: C2C on the left, the research code, if it was measured, on the right.
+    middle = 0.0 if report.reference is not None else -_WIDTH / 2
+    places = [place + middle for place in range(len(report.prompts))]
+    axes.set_xticks(places, [str(prompt.receiver_tokens) for prompt in report.prompts])
     axes.set_xlabel("prompt tokens")
     axes.set_ylabel(what)
     axes.legend(fontsize="small")

@@ -6,18 +6,22 @@ tokenising and aligning cost it nothing here.
 
 import dataclasses
 import json
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 from c2c_export.bench import reference_process
+from c2c_export.bench.measure import quartiles
 from c2c_export.bench.options import ReferenceOptions
 from c2c_export.bench.reference_process import ReferencePrompt, ReferenceRequest, ReferenceResult, parse_result
 from c2c_export.bench.report import PromptRecord, ReferenceRecord, ReferenceTimes
 from c2c_export.bundle import Manifest
 from c2c_export.errors import C2CError, UsageError, one_line
-from c2c_export.sources import resolve_fuser, resolve_model
 from runtime.prompt import ModelTokens, Plan
 
 _PADDING = 0
@@ -25,18 +29,20 @@ _PADDING = 0
 _MAX_REASON = 300
 
 
-def make_request(
-    options: ReferenceOptions,
-    manifest: Manifest,
-    plans: Sequence[Plan],
-    *,
-    threads: int,
-    new_tokens: int,
-    repeats: int,
-) -> ReferenceRequest:
-    """What the process is asked. Sources that were not given are those of the manifest.
+@dataclass(frozen=True)
+class ReferenceSources:
+    """Local folders of what the research code is to run, in the order of the bundle's sharers."""
 
-    Raises `UsageError` when they are not there, or when the bundle has no sharer.
+    receiver: Path
+    sharers: tuple[Path, ...]
+    fusers: tuple[Path, ...]
+
+
+def find_sources(options: ReferenceOptions, manifest: Manifest) -> ReferenceSources:
+    """The models and fusers, downloaded or converted where need be; those not given are those of the manifest.
+
+    That loads torch, so it is done in a process of its own. Raises `UsageError` when they are not there, or when the
+    bundle has no sharer.
     """
     if not manifest.sharers:
         raise UsageError("--reference: the bundle has no sharer, and the research code runs pairs")
@@ -44,12 +50,28 @@ def make_request(
     fusers = options.fusers or [sharer.fuser_source for sharer in manifest.sharers]
     if len(sharers) != len(manifest.sharers):
         raise UsageError(f"{len(sharers)} --sharer given, expected {len(manifest.sharers)} as in the bundle")
+    receiver = options.receiver or manifest.receiver.source
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(_find_sources, receiver, sharers, fusers).result()
+
+
+def make_request(
+    options: ReferenceOptions,
+    sources: ReferenceSources,
+    fusion_mode: str,
+    plans: Sequence[Plan],
+    *,
+    threads: int,
+    new_tokens: int,
+    repeats: int,
+) -> ReferenceRequest:
+    """What the process is asked."""
     return ReferenceRequest(
         checkout=str(options.checkout.absolute()),
-        receiver=str(_local(resolve_model, options.receiver or manifest.receiver.source, "--receiver")),
-        sharers=[str(_local(resolve_model, source, "--sharer")) for source in sharers],
-        fusers=[str(_local(resolve_fuser, source, "--fuser")) for source in fusers],
-        fusion_mode=manifest.fusion_mode,
+        receiver=str(sources.receiver),
+        sharers=[str(source) for source in sources.sharers],
+        fusers=[str(source) for source in sources.fusers],
+        fusion_mode=fusion_mode,
         threads=threads,
         new_tokens=new_tokens,
         repeats=repeats,
@@ -58,15 +80,34 @@ def make_request(
 
 
 def run_reference(request: ReferenceRequest, python: Path | None) -> ReferenceResult:
-    """Run the process with the interpreter `python`, by default this one. Raises `C2CError` with its last line."""
-    command = [str(python or sys.executable), "-P", str(Path(reference_process.__file__))]
-    done = subprocess.run(
-        command, input=json.dumps(dataclasses.asdict(request)), capture_output=True, text=True, check=False
-    )
+    """Run the process with the interpreter `python`, by default this one.
+
+    Raises `C2CError` with the process's last line when it fails, or with what it gave that is no result.
+    """
+    interpreter = str(python or sys.executable)
+    command = [interpreter, "-P", str(Path(reference_process.__file__))]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(dataclasses.asdict(request)), capture_output=True, text=True, check=False
+        )
+    except OSError as error:
+        raise C2CError(f"{interpreter}: cannot be run as an interpreter: {error.strerror}") from error
     if done.returncode:
         last = one_line((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1], _MAX_REASON)
         raise C2CError(f"{request.checkout}: the research code failed: {last}")
-    return parse_result(done.stdout)
+    try:
+        result = parse_result(done.stdout)
+    except (ValueError, KeyError, TypeError) as error:
+        raise C2CError(
+            f"{interpreter}: gave no result, expected a Python interpreter that has the research code's libraries"
+        ) from error
+    for run, prompt in zip(result.runs, request.prompts, strict=True):
+        if len(run.token_ids) != request.new_tokens:
+            raise C2CError(
+                f"{request.checkout}: the research code generated {len(run.token_ids)} tokens after "
+                f"{len(prompt.ids[0])}, expected {request.new_tokens}"
+            )
+    return result
 
 
 def compare(
@@ -76,16 +117,22 @@ def compare(
     times = []
     for run, prompt, ours in zip(result.runs, prompts, tokens, strict=True):
         differ = (i for i, (a, b) in enumerate(zip(run.token_ids, ours, strict=True)) if a != b)
+        first_token, milliseconds = median(run.ttft), [1000 * seconds for seconds in run.steps]
         times.append(
             ReferenceTimes(
                 asked_tokens=prompt.asked_tokens,
-                ttft=run.ttft,
-                sharer_prefill=run.sharer_prefill,
-                receiver_prefill=run.receiver_prefill,
-                fuse=run.ttft - run.sharer_prefill - run.receiver_prefill,
-                decode_ms_per_token=1000 * run.step,
-                ttft_ratio=run.ttft / prompt.c2c.ttft,
-                decode_ratio=1000 * run.step / prompt.c2c.decode_ms_per_token,
+                ttft=first_token,
+                ttft_range=(min(run.ttft), max(run.ttft)),
+                sharer_prefill=median(run.sharer_prefill),
+                receiver_prefill=median(run.receiver_prefill),
+                fuse=median(
+                    total - sharer - receiver
+                    for total, sharer, receiver in zip(run.ttft, run.sharer_prefill, run.receiver_prefill, strict=True)
+                ),
+                decode_ms_per_token=median(milliseconds),
+                decode_ms_quartiles=quartiles(milliseconds),
+                ttft_ratio=first_token / prompt.c2c.ttft,
+                decode_ratio=median(milliseconds) / prompt.c2c.decode_ms_per_token,
                 equal_tokens=next(differ, len(ours)),
                 new_tokens=len(ours),
             )
@@ -111,6 +158,16 @@ def padded_prompt(plan: Plan) -> ReferencePrompt:
         ids=[ids for ids, _ in rows],
         attention_masks=[mask for _, mask in rows],
         sections=[(section.stop - section.start, section.fused) for section in plan.sections],
+    )
+
+
+def _find_sources(receiver: str, sharers: Sequence[str], fusers: Sequence[str]) -> ReferenceSources:
+    from c2c_export.sources import resolve_fuser, resolve_model
+
+    return ReferenceSources(
+        _local(resolve_model, receiver, "--receiver"),
+        tuple(_local(resolve_model, source, "--sharer") for source in sharers),
+        tuple(_local(resolve_fuser, source, "--fuser") for source in fusers),
     )
 
 

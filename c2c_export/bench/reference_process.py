@@ -9,13 +9,13 @@ by the research code as any other.
 
 import dataclasses
 import json
+import os
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 _NO_TOKEN = -1
@@ -50,12 +50,12 @@ class ReferenceRequest:
 
 @dataclass(frozen=True)
 class ReferenceRun:
-    """One prompt: medians in seconds, and the tokens that were generated."""
+    """One prompt: seconds of each repeat, of each step of all repeats, and the tokens that were generated."""
 
-    ttft: float
-    sharer_prefill: float
-    receiver_prefill: float
-    step: float
+    ttft: list[float]
+    sharer_prefill: list[float]
+    receiver_prefill: list[float]
+    steps: list[float]
     token_ids: list[int]
 
 
@@ -81,7 +81,7 @@ def parse_result(text: str) -> ReferenceResult:
 
 
 def measure(request: ReferenceRequest) -> ReferenceResult:
-    """Load the models and measure every prompt; medians over the repeats after one run that is not counted."""
+    """Load the models and measure every prompt, after one run that is not counted."""
     import torch
     import transformers
 
@@ -91,18 +91,29 @@ def measure(request: ReferenceRequest) -> ReferenceResult:
     model, seconds = _load(request)
     runs = []
     for prompt in request.prompts:
-        results = [_generate(model, prompt, request.new_tokens, seconds) for _ in range(request.repeats + 1)][1:]
+        repeats = [_generate(model, prompt, request.new_tokens, seconds) for _ in range(request.repeats + 1)][1:]
         runs.append(
             ReferenceRun(
-                ttft=median(result.ttft for result, _ in results),
-                sharer_prefill=median(result.sharer_prefill for result, _ in results),
-                receiver_prefill=median(result.receiver_prefill for result, _ in results),
-                step=median(step for _, steps in results for step in steps),
-                token_ids=results[0][0].token_ids,
+                ttft=[repeat.ttft for repeat in repeats],
+                sharer_prefill=[repeat.sharer_prefill for repeat in repeats],
+                receiver_prefill=[repeat.receiver_prefill for repeat in repeats],
+                steps=[step for repeat in repeats for step in repeat.steps],
+                token_ids=repeats[0].token_ids,
             )
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     return ReferenceResult({"torch": torch.__version__, "transformers": transformers.__version__}, peak, runs)
+
+
+@dataclass(frozen=True)
+class _Repeat:
+    """One call of `generate`: seconds, those of each step after the first token too, and the tokens."""
+
+    ttft: float
+    sharer_prefill: float
+    receiver_prefill: float
+    steps: list[float]
+    token_ids: list[int]
 
 
 class _Clock:
@@ -211,10 +222,8 @@ def _state_of(folder: Path, index: int) -> Any:
     return torch.load(folder / f"projector_{index}.pt", map_location="cpu", weights_only=True)
 
 
-def _generate(
-    model: Any, prompt: ReferencePrompt, new_tokens: int, seconds: list[float]
-) -> tuple[ReferenceRun, list[float]]:
-    """One call of the research code's `generate`, and the seconds of each step after the first token."""
+def _generate(model: Any, prompt: ReferencePrompt, new_tokens: int, seconds: list[float]) -> _Repeat:
+    """One call of the research code's `generate`."""
     import torch
 
     all_sharers = (1 << (len(prompt.ids) - 1)) - 1
@@ -238,8 +247,8 @@ def _generate(
         streamer=clock,
     )
     spent = [after - earlier for after, earlier in zip(clock.at_first_token, before, strict=True)]
-    run = ReferenceRun(clock.moments[0] - started, sum(spent[1:]), spent[0], 0.0, clock.ids)
-    return run, [after - earlier for earlier, after in zip(clock.moments, clock.moments[1:], strict=False)]
+    steps = [after - earlier for earlier, after in zip(clock.moments, clock.moments[1:], strict=False)]
+    return _Repeat(clock.moments[0] - started, sum(spent[1:]), spent[0], steps, clock.ids)
 
 
 def _restore_cache_lists() -> None:
@@ -287,10 +296,11 @@ def _restore_cache_lists() -> None:
 
 
 def main() -> None:
-    """Answer the request on standard input; libraries that print do so to standard error."""
-    output, sys.stdout = sys.stdout, sys.stderr
-    result = measure(parse_request(sys.stdin.read()))
-    json.dump(dataclasses.asdict(result), output)
+    """Answer the request on standard input; libraries that print, in C too, do so to standard error."""
+    with os.fdopen(os.dup(1), "w") as output:
+        os.dup2(2, 1)
+        result = measure(parse_request(sys.stdin.read()))
+        json.dump(dataclasses.asdict(result), output)
 
 
 if __name__ == "__main__":

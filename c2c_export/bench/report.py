@@ -14,8 +14,8 @@ class MachineRecord(Record):
     threads: int
     """Threads of each engine and of the reference."""
     memory_bytes: int | None
-    load_before: float | None
-    """Processes that were running on average in the minute before; what others take makes all times longer."""
+    others_cores: float | None
+    """Processors that other processes kept busy on average meanwhile; what they take makes all times longer."""
     system: str
     versions: dict[str, str]
 
@@ -61,8 +61,9 @@ class MemoryRecord(Record):
     file_bytes: int | None
     """Likewise: pages of mapped files (RssFile), such as weights that are read in place."""
     weight_bytes: int
+    """Size of the engine's files. A table that is only looked up counts whole, though few of its rows may be read."""
     cache_bytes: int
-    """Of the slots in use, at full capacity."""
+    """Of the rows in use, of all requests and models."""
     excess: float
     """(peak - weights - caches) / (weights + caches): what it takes beyond both, interpreter and libraries included."""
     measured_by: str
@@ -72,6 +73,8 @@ class PhaseTimes(Record):
     """Time to first token in seconds and its parts, and decoding."""
 
     ttft: float
+    ttft_range: tuple[float, float]
+    """The shortest and the longest of the repeats."""
     sharer_prefill: float
     receiver_prefill: float
     fuse: float
@@ -79,6 +82,8 @@ class PhaseTimes(Record):
     """`ttft` less the three phases: planning and choosing the token. Negative where phases overlap by more."""
     decode_ms_per_token: float
     """Median over all steps of all repeats."""
+    decode_ms_quartiles: tuple[float, float]
+    """A quarter of the steps took less than the first, a quarter more than the second."""
     tokens_per_second: float
     """1000 / `decode_ms_per_token`."""
 
@@ -89,8 +94,8 @@ class PromptRecord(Record):
     asked_tokens: int
     receiver_tokens: int
     """Tokens that the receiver read; fewer than asked for where words do not add up to them."""
-    sharer_tokens: int
-    """Tokens that the sharers computed, all together."""
+    sharer_tokens: dict[int, int]
+    """Tokens that each sharer computed, by its number; sharers whose gates are all closed compute none."""
     fused_tokens: int
     """Receiver tokens that were fused, counted once."""
     c2c: PhaseTimes
@@ -100,7 +105,7 @@ class PromptRecord(Record):
 
 
 class BatchRecord(Record):
-    """Decode steps that serve several requests in one run."""
+    """Decode steps that serve several requests in one run; choosing a token of each is part of a step."""
 
     asked_tokens: int
     batch: int
@@ -184,11 +189,14 @@ class ReferenceTimes(Record):
 
     asked_tokens: int
     ttft: float
+    ttft_range: tuple[float, float]
+    """The shortest and the longest of the repeats."""
     sharer_prefill: float
     receiver_prefill: float
     fuse: float
     """Time to first token less both prefills: the fusers, and the copies of caches around them."""
     decode_ms_per_token: float
+    decode_ms_quartiles: tuple[float, float]
     ttft_ratio: float
     decode_ratio: float
     equal_tokens: int
@@ -218,5 +226,5 @@ class BenchReport(Record):
     text_to_text: TextToTextRecord | None = None
     roofline: RooflineRecord | None = None
     reference: ReferenceRecord | None = None
-    reference_problem: str | None = None
-    """Why the research code could not be measured, where it was asked for and failed."""
+    problems: tuple[str, ...] = ()
+    """Why parts that were asked for are missing: what failed after measuring had begun."""

@@ -25,7 +25,8 @@ class PairWork:
     """The products of a bundle's graphs, and what a decode step reads."""
 
     receiver: GraphWork
-    sharers: tuple[GraphWork, ...]
+    sharers: dict[int, GraphWork]
+    """By number, those that have open gates."""
     fusers: tuple[GraphWork, ...]
     step_weight_bytes: int
     row_bytes: int
@@ -38,7 +39,7 @@ def read_pair_work(bundle: Bundle, engine: EngineRecord) -> PairWork:
     graphs = {name: read_graph_work(bundle.file(graph.path)) for name, graph in manifest.graphs.items()}
     return PairWork(
         receiver=graphs["receiver"],
-        sharers=tuple(work for name, work in graphs.items() if name.startswith("sharer")),
+        sharers={int(name.removeprefix("sharer")): work for name, work in graphs.items() if name.startswith("sharer")},
         fusers=tuple(work for name, work in graphs.items() if name.startswith("fuser")),
         step_weight_bytes=product_weight_bytes(bundle.file(engine.graphs["receiver"])),
         row_bytes=cache_row_bytes(manifest.receiver_graph),
@@ -71,7 +72,7 @@ def measure_roofline(
 def gemm_shapes(work: PairWork, num_rows: int) -> list[tuple[int, int, int]]:
     """[m,k,n] of the products that take most of a prefill of `num_rows` tokens, and of one large product."""
     total: Counter[tuple[int, int]] = Counter()
-    for graph in (work.receiver, *work.sharers, *work.fusers):
+    for graph in (work.receiver, *work.sharers.values(), *work.fusers):
         for k, n in graph.weight_shapes:
             total[k, n] += k * n
     return [(num_rows, k, n) for (k, n), _ in total.most_common(_NUM_SHAPES)] + [_LARGE_SHAPE]
@@ -81,9 +82,8 @@ def speed_shares(
     work: PairWork, prompt: PromptRecord, new_tokens: int, gflops: float, read_speed: float
 ) -> SpeedShares:
     """The shares of one prompt; see the module's docstring. `gflops` and `read_speed` (GB/s) are the machine's."""
-    per_sharer = prompt.sharer_tokens // max(1, len(work.sharers))
     needed = {
-        "sharer_prefill": sum(sharer.flops(per_sharer) for sharer in work.sharers),
+        "sharer_prefill": sum(work.sharers[number].flops(count) for number, count in prompt.sharer_tokens.items()),
         "receiver_prefill": work.receiver.flops(prompt.receiver_tokens, num_logits=1),
         "fuse": sum(fuser.flops(prompt.fused_tokens) for fuser in work.fusers),
     }

@@ -13,8 +13,8 @@ from c2c_export.bench.report import (
     TextToTextRecord,
 )
 
-BUSY = 0.5
-"""Processes running beside a benchmark from which on its times are doubtful."""
+BUSY = 0.1
+"""Processors that others keep busy during a benchmark from which on its times are doubtful."""
 
 
 def print_report(report: BenchReport, console: Console) -> None:
@@ -26,17 +26,17 @@ def print_report(report: BenchReport, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    if machine.load_before is not None and machine.load_before > BUSY:
+    if machine.others_cores is not None and machine.others_cores > BUSY:
         console.print(
-            f"[yellow]The machine was busy[/]: {machine.load_before:.1f} processes were running before; measure again "
-            "when nothing else runs",
+            f"[yellow]The machine was busy[/]: other processes took {machine.others_cores:.1f} of its processors; "
+            "measure again when nothing else runs",
             highlight=False,
             soft_wrap=True,
         )
     console.print(_prompts(report))
     if any(prompt.memory for prompt in report.prompts):
         console.print(_memory(report))
-    if report.settings.batches != (1,):
+    if report.batches:
         console.print(_batches(report))
     if report.text_to_text is not None:
         console.print(_text_to_text(report.text_to_text))
@@ -48,7 +48,8 @@ def print_report(report: BenchReport, console: Console) -> None:
 
 def _prompts(report: BenchReport) -> Table:
     table = Table(
-        *("prompt tokens", "", "first token s", "sharer s", "receiver s", "fuse s", "rest s", "ms/token", "tokens/s")
+        *("prompt tokens", "", "first token s", "least to most", "sharer s", "receiver s", "fuse s", "rest s"),
+        *("ms/token", "quartiles", "tokens/s"),
     )
     for prompt in report.prompts:
         table.add_row(str(prompt.receiver_tokens), "C2C", *_phases(prompt.c2c))
@@ -57,18 +58,25 @@ def _prompts(report: BenchReport) -> Table:
 
 
 def _phases(times: PhaseTimes) -> list[str]:
-    seconds = (times.ttft, times.sharer_prefill, times.receiver_prefill, times.fuse, times.rest)
+    seconds = (times.sharer_prefill, times.receiver_prefill, times.fuse, times.rest)
     return [
+        f"{times.ttft:.3f}",
+        _range(times.ttft_range, 3),
         *(f"{value:.3f}" for value in seconds),
         f"{times.decode_ms_per_token:.2f}",
+        _range(times.decode_ms_quartiles, 2),
         f"{times.tokens_per_second:.1f}",
     ]
 
 
+def _range(values: tuple[float, float], digits: int) -> str:
+    return " to ".join(f"{value:.{digits}f}" for value in values)
+
+
 def _memory(report: BenchReport) -> Table:
-    table = Table("prompt tokens", "requests", "peak MB", "weights MB", "caches MB", "beyond both", "measured by")
+    table = Table("prompt tokens", "requests", "peak MB", "weights MB", "rows MB", "beyond both", "measured by")
     rows = [(prompt.asked_tokens, 1, prompt.memory) for prompt in report.prompts]
-    rows += [(batch.asked_tokens, batch.batch, batch.memory) for batch in report.batches if batch.batch > 1]
+    rows += [(batch.asked_tokens, batch.batch, batch.memory) for batch in report.batches]
     for tokens, requests, memory in rows:
         if memory is not None:
             table.add_row(str(tokens), str(requests), *_sizes(memory), memory.measured_by)
@@ -125,26 +133,38 @@ def _print_roofline(record: RooflineRecord, console: Console) -> None:
                 "" if value is None else f"{value:.0%}"
                 for value in (share.sharer_prefill, share.receiver_prefill, share.fuse, share.ttft)
             ),
-            f"{share.gflop['ttft']:.0f}",
+            f"{share.gflop['ttft']:.3g}",
             f"{share.decode:.0%}",
-            f"{share.decode_bytes / 1e6:.0f}",
+            f"{share.decode_bytes / 1e6:.3g}",
         )
     console.print(table)
 
 
 def _reference(record: ReferenceRecord) -> Table:
     table = Table(
-        *("prompt tokens", "first token s", "sharer s", "receiver s", "fuse s", "ms/token"),
+        *(
+            "prompt tokens",
+            "first token s",
+            "least to most",
+            "sharer s",
+            "receiver s",
+            "fuse s",
+            "ms/token",
+            "quartiles",
+        ),
         *("first token, over ours", "ms/token, over ours", "equal tokens"),
         title="The research code with " + ", ".join(f"{name} {version}" for name, version in record.versions.items()),
         title_justify="left",
     )
     for times in record.prompts:
-        seconds = (times.ttft, times.sharer_prefill, times.receiver_prefill, times.fuse)
+        seconds = (times.sharer_prefill, times.receiver_prefill, times.fuse)
         table.add_row(
             str(times.asked_tokens),
+            f"{times.ttft:.3f}",
+            _range(times.ttft_range, 3),
             *(f"{value:.3f}" for value in seconds),
             f"{times.decode_ms_per_token:.2f}",
+            _range(times.decode_ms_quartiles, 2),
             f"{times.ttft_ratio:.2f}x",
             f"{times.decode_ratio:.2f}x",
             f"{times.equal_tokens} of {times.new_tokens}",

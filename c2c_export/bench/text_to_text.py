@@ -13,6 +13,7 @@ from statistics import median
 from c2c_export.bench.report import AnswerTimes, QuestionRecord, TextToTextRecord
 from c2c_export.bundle import Bundle, Manifest
 from c2c_export.errors import UsageError
+from engines.select import EngineChoice
 from runtime import C2CPipeline
 
 QUESTIONS = (
@@ -35,6 +36,16 @@ def check_sharer_bundle(path: Path, pair: Manifest) -> None:
         raise UsageError(
             f"--text-to-text {path}: its receiver is {ours.source}, expected the files of the pair's sharer, "
             f"{theirs.source}; write it with: c2c-export pair --receiver {theirs.source} -o OUT"
+        )
+
+
+def check_sharer_engine(path: Path, choice: EngineChoice) -> None:
+    """Raise `UsageError` unless the bundle at `path` has the engine that the pair runs on."""
+    engines = Bundle.open(path).manifest.engines.values()
+    if not any((record.target, record.precision) == (choice.target, choice.precision) for record in engines):
+        raise UsageError(
+            f"--text-to-text {path}: has no engine {choice.target} in {choice.precision}, on which the pair runs; "
+            f"build it with: c2c-export build {path} --engine {choice.target} --precision {choice.precision}"
         )
 
 

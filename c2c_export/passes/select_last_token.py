@@ -10,7 +10,11 @@ import onnx_ir as ir
 from engines.constant_products import register_constant
 
 # What a token's row becomes depends on that row, on other operands' same row, and on constants.
-_BY_TOKEN = frozenset({"Add", "Sub", "Mul", "Div", "MatMul", "RMSNormalization", "Sigmoid", "Gelu", "Tanh"})
+_ELEMENTWISE = frozenset(
+    {"Abs", "Add", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Max", "Min", "Mish"}
+    | {"Mul", "Neg", "Pow", "Reciprocal", "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub", "Swish", "Tanh"}
+)
+_BY_TOKEN = _ELEMENTWISE | {"MatMul", "RMSNormalization"}
 
 
 def select_last_token(model: ir.Model) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnxscript.rewriter.pattern import RewriteRuleClassBase
+from onnxscript.rewriter.pattern import MatchResult, RewriteRuleClassBase
 
 from c2c_export.errors import C2CError
 from engines.constant_products import register_constant
@@ -103,6 +103,13 @@ class FuseAttention(RewriteRuleClassBase):
         values = op.TensorScatter(past_value, value, write_index, axis=2, mode="linear", _outputs=["values"])
         attended = op.Attention(query, keys, values, mask, _allow_other_attributes=True, _outputs=["attended"])
         return attended, keys, values
+
+    def check(self, context: Any, attended: ir.Value, **_: ir.Value) -> MatchResult:
+        """Whether a match is one: the attention is scaled and masked, and nothing else."""
+        result, node = MatchResult(), attended.producer()
+        assert node is not None
+        others = {name for name, attribute in node.attributes.items() if name != "scale" and attribute.value}
+        return result.fail(f"attention with {', '.join(sorted(others))}") if others else result
 
     def rewrite(
         self,

@@ -5,6 +5,9 @@ Operators that write a cache do so in place because the same address is bound as
 provider (`engines.ort.cuda`) have in common.
 """
 
+import contextlib
+import math
+import mmap
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +23,6 @@ from engines.base import BFLOAT16, Array, Binding, Buffer, Device, Engine, Event
 
 ort.disable_telemetry_events()  # what a user runs is nobody else's business
 
-_ALIGNMENT = 64  # bytes; a cache line and the widest vector register
 _DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
@@ -33,15 +35,14 @@ _ONNX_BFLOAT16 = 16  # onnx.TensorProto.BFLOAT16; numpy has no such type to pass
 
 
 class CpuBuffer(Buffer):
-    """Host memory, aligned to 64 bytes. `array` is the memory itself, as numpy sees it (bfloat16 as uint16)."""
+    """Host memory that begins at a page. `array` is the memory itself, as numpy sees it (bfloat16 as uint16)."""
 
     def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
         self.shape, self.dtype = shape, dtype
         item = storage_dtype(dtype)
-        num_bytes = int(np.prod(shape)) * item.itemsize
-        raw = np.zeros(num_bytes + _ALIGNMENT, dtype=np.uint8)
-        offset = -raw.ctypes.data % _ALIGNMENT
-        self.array: Array = raw[offset : offset + num_bytes].view(item).reshape(shape)
+        self.array: Array = np.frombuffer(
+            _zeroed_pages(math.prod(shape) * item.itemsize), item, count=math.prod(shape)
+        ).reshape(shape)
 
     def view(self, *index: int, shape: tuple[int, ...] | None = None) -> View:
         """See `Buffer.view`; the address is that of `array` itself."""
@@ -90,8 +91,8 @@ class CpuDevice(Device):
         """See `Device.allocate`; the system commits the memory page by page, as rows are written."""
         try:
             return CpuBuffer(shape, dtype)
-        except MemoryError as error:
-            gigabytes = np.prod(shape) * storage_dtype(dtype).itemsize / 1e9
+        except (OSError, OverflowError, MemoryError) as error:
+            gigabytes = math.prod(shape) * storage_dtype(dtype).itemsize / 1e9
             raise C2CError(
                 f"no memory for a buffer of {gigabytes:.1f} GB; load with fewer num_slots, or export with a smaller "
                 "--max-length"
@@ -185,6 +186,22 @@ class OrtCpuEngine(OrtEngine):
 def bind_input(prepared: ort.IOBinding, name: str, view: View) -> None:
     """Bind a view as the input `name`. Where the graph reads it from other memory, its contents are copied here."""
     prepared.bind_input(name, view.device, 0, _element_type(view.dtype), view.shape, view.pointer)
+
+
+def _zeroed_pages(num_bytes: int) -> mmap.mmap:
+    """Memory of its own, at least `num_bytes`, of which the system commits what is touched, page by page.
+
+    numpy would ask for huge pages from 4 MB on: then the first row of each head commits 2 MB of its cache.
+    """
+    size = max(num_bytes, 1)
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        # A kernel without huge pages refuses the advice, and does not need it.
+        with contextlib.suppress(OSError):
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return pages
 
 
 def _element_type(dtype: str) -> np.dtype[np.generic] | int:

@@ -17,13 +17,22 @@ HEADS_FIRST = (0, 2, 1, 3)
 
 
 class NormBeforeTranspose(RewriteRuleClassBase):
-    """`RMSNormalization(Transpose(x))` over a head's channels to `Transpose(RMSNormalization(x))`."""
+    """`RMSNormalization(Transpose(x))` over a head's channels alone to `Transpose(RMSNormalization(x))`."""
 
     def pattern(self, op: Any, x: Any, weight: Any) -> Any:
         """What the rule looks for."""
         return op.RMSNormalization(
             op.Transpose(x, perm=HEADS_FIRST), weight, _allow_other_attributes=True, _outputs=["normed"]
         )
+
+    def check(self, context: Any, normed: ir.Value, **_: ir.Value) -> MatchResult:
+        """Whether a match is one."""
+        result, node = MatchResult(), normed.producer()
+        assert node is not None
+        # Over more than the last axis the heads' place would matter.
+        if node.attributes.get_int("axis", -1) not in (-1, len(HEADS_FIRST) - 1):
+            return result.fail("the norm is not that of each head alone")
+        return result
 
     def rewrite(self, op: Any, x: ir.Value, weight: ir.Value, normed: ir.Value) -> ir.Value:
         """What takes its place."""
@@ -64,7 +73,7 @@ class RemoveReshapes(RewriteRuleClassBase):
     def check(self, context: Any, x: ir.Value, reshaped: ir.Value, **_: ir.Value) -> MatchResult:
         """Whether a match is one."""
         result = MatchResult()
-        if x.shape is None or reshaped.shape is None or x.shape != reshaped.shape:
+        if x.shape is None or reshaped.shape is None or x.shape != reshaped.shape or not _is_known(x.shape):
             return result.fail("the shapes differ, or are not known")
         return result
 
@@ -96,6 +105,11 @@ def _shaped(value: ir.Value, like: ir.Value, trailing: list[int]) -> ir.Value:
         value.shape = ir.Shape([*like.shape.dims[:2], *trailing])
     value.dtype = ir.DataType.FLOAT
     return value
+
+
+def _is_known(shape: ir.Shape) -> bool:
+    """Whether every dimension has a number or a name; two without either are not the same."""
+    return all(isinstance(dim, int) or dim.value is not None for dim in shape)
 
 
 def _attributes(node: ir.Node) -> dict[str, ir.Attr]:

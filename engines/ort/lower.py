@@ -15,6 +15,9 @@ from engines.ort.attention_rule import DOMAIN, FuseAttention, RowsInUse
 from engines.ort.layout_rules import HEADS_FIRST, NORM_RULE, RESHAPE_RULE, ROTARY_RULE, TRANSPOSE_RULES
 
 _DOMAIN_VERSION = 1
+_ATTENTION = "GroupQueryAttention"
+_UNFUSED = {"ReduceMean": "its norm is no RMSNormalization", "Neg": "its rotation is no RotaryEmbedding"}
+"""Operators that a decoder has only where a pass of the export did not match."""
 _HEAD_SIZE_MULTIPLE = 8
 """Else `GroupQueryAttention` refuses to run, "head_size must be a multiple of 8"."""
 
@@ -60,13 +63,33 @@ def _head_size(attention: ir.Node) -> int:
 
 
 def _check(graph: ir.Graph) -> None:
+    """Raise `C2CError`, naming the layer, for what a rule should have matched and did not."""
     for node in graph:
+        if node.op_type in _UNFUSED:
+            raise C2CError(f"layer {model_layer(node)}: {_UNFUSED[node.op_type]}; export the bundle again")
         if node.op_type == "Attention":
             raise C2CError(f"layer {model_layer(node)}: its attention has no form that ONNX Runtime's operator covers")
         if node.op_type in ("RMSNormalization", "RotaryEmbedding") and _is_heads_first(node.inputs[0]):
             raise C2CError(
                 f"layer {model_layer(node)}: its {node.op_type} was not moved before the heads' transposition"
             )
+        if node.op_type == _ATTENTION and (transposed := next(filter(_is_heads_first, node.inputs[:3]), None)):
+            raise C2CError(f"layer {model_layer(node)}: {transposed.name} is transposed before its attention")
+    _check_last_layer(graph)
+
+
+def _check_last_layer(graph: ir.Graph) -> None:
+    """What only the logits need of one token must be computed of one token."""
+    if all(output.name != "logits" for output in graph.outputs):
+        return
+    last = [node for node in graph if node.op_type == _ATTENTION][-1:]
+    later = {output for node in last for output in node.outputs}
+    for node in graph:
+        if not later.isdisjoint(node.inputs):
+            later.update(node.outputs)
+            shape = node.outputs[0].shape
+            if node.op_type == "MatMul" and (shape is None or shape[1] != 1):
+                raise C2CError(f"layer {model_layer(node)}: its product is computed of every token, not of the last")
 
 
 def _is_heads_first(value: ir.Value | None) -> bool:

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -312,3 +313,20 @@ def test_engines_report_the_inputs_and_outputs_of_the_manifest(name: str, record
             assert [(s.name, s.dtype, list(s.shape)) for s in found] == [
                 (s["name"], s["dtype"], s["shape"]) for s in record[kind]
             ]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="this system does not tell a process's memory")
+def test_a_buffer_takes_only_the_pages_that_are_written():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident()
+    buffer = CpuDevice().allocate((64, 4 << 20), "uint8")
+    for head in range(64):  # the first row of each head, as a prompt's first tokens write them
+        buffer.write(np.ones(4096, dtype=np.uint8), head, slice(0, 4096))
+    assert resident() - before < 16 << 20  # of 256 MiB
+
+
+def test_a_buffer_that_no_machine_has_is_an_error_that_says_what_to_do():
+    with pytest.raises(C2CError, match="no memory for a buffer of .* GB; load with fewer num_slots"):
+        CpuDevice().allocate((1 << 30, 1 << 30), "float32")

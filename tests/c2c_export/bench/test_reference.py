@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from c2c_export.bench.options import ReferenceOptions
-from c2c_export.bench.reference import compare, make_request, padded_prompt, run_reference
+from c2c_export.bench.reference import compare, find_sources, make_request, padded_prompt, run_reference
 from c2c_export.bench.reference_process import ReferenceResult, ReferenceRun
 from c2c_export.bench.report import PhaseTimes, PromptRecord
 from c2c_export.errors import C2CError, UsageError
@@ -28,11 +28,13 @@ needs_checkout = pytest.mark.skipif(CHECKOUT is None, reason="C2C_REFERENCE name
 def times(ttft: float, milliseconds: float) -> PhaseTimes:
     return PhaseTimes(
         ttft=ttft,
+        ttft_range=(ttft, ttft),
         sharer_prefill=0.0,
         receiver_prefill=ttft,
         fuse=0.0,
         rest=0.0,
         decode_ms_per_token=milliseconds,
+        decode_ms_quartiles=(milliseconds, milliseconds),
         tokens_per_second=1000 / milliseconds,
     )
 
@@ -41,7 +43,7 @@ def prompt_record(ttft: float, milliseconds: float) -> PromptRecord:
     return PromptRecord(
         asked_tokens=8,
         receiver_tokens=8,
-        sharer_tokens=7,
+        sharer_tokens={0: 7},
         fused_tokens=7,
         c2c=times(ttft, milliseconds),
         receiver_alone=times(ttft, milliseconds),
@@ -73,21 +75,25 @@ def test_sources_are_the_manifests_unless_given(recorded_pipeline: PipelineOf):
     folder = GOLDEN / UNALIGNED
     given = ReferenceOptions(Path(), None, str(folder / "receiver"), [str(folder / "sharer")], [str(folder / "fuser")])
     plan = pipeline.make_plan(None, [1, 2, 3], (0,))
-    request = make_request(given, manifest, [plan], threads=3, new_tokens=4, repeats=2)
+    sources = find_sources(given, manifest)
+    request = make_request(given, sources, manifest.fusion_mode, [plan], threads=3, new_tokens=4, repeats=2)
     assert (request.receiver, request.sharers) == (str(folder / "receiver"), [str(folder / "sharer")])
     assert (request.threads, request.new_tokens, request.repeats) == (3, 4, 2)
     assert request.prompts[0].ids == [[1, 2, 3], [1, 2, 3]]
     assert request.prompts[0].sections == [(2, True), (1, False)]
     moved = manifest.model_copy(update={"receiver": manifest.receiver.model_copy(update={"source": "/gone"})})
     with pytest.raises(UsageError, match=r"/gone.*--receiver"):
-        make_request(ReferenceOptions(Path()), moved, [plan], threads=1, new_tokens=4, repeats=1)
+        find_sources(ReferenceOptions(Path()), moved)
 
 
 def test_ratios_are_the_research_codes_times_over_ours():
-    run = ReferenceRun(ttft=3.0, sharer_prefill=1.0, receiver_prefill=1.5, step=0.2, token_ids=[5, 6, 9, 8])
+    run = ReferenceRun([3.0, 2.0, 9.0], [1.0, 0.5, 1.0], [1.5, 1.0, 1.5], [0.2, 0.1, 0.3, 0.4, 0.1], [5, 6, 9, 8])
     result = ReferenceResult({"torch": "2"}, 7, [run])
     (found,) = compare(result, [prompt_record(1.5, 50.0)], [[5, 6, 7, 8]], "C2C").prompts
     assert found.fuse == pytest.approx(0.5)
+    assert (found.ttft, found.ttft_range) == (3.0, (2.0, 9.0))
+    assert found.decode_ms_per_token == pytest.approx(200.0)
+    assert found.decode_ms_quartiles == pytest.approx((100.0, 300.0))
     assert (found.ttft_ratio, found.decode_ratio) == (pytest.approx(2.0), pytest.approx(4.0))
     assert (found.equal_tokens, found.new_tokens) == (2, 4)
 
@@ -99,9 +105,15 @@ def test_a_checkout_that_fails_is_an_error_with_its_reason(recorded_pipeline: Pi
         tmp_path, None, str(folder / "receiver"), [str(folder / "sharer")], [str(folder / "fuser")]
     )
     plan = pipeline.make_plan(None, [1, 2, 3], (0,))
-    request = make_request(given, pipeline.bundle.manifest, [plan], threads=1, new_tokens=2, repeats=1)
+    manifest = pipeline.bundle.manifest
+    sources = find_sources(given, manifest)
+    request = make_request(given, sources, manifest.fusion_mode, [plan], threads=1, new_tokens=2, repeats=1)
     with pytest.raises(C2CError, match="the research code failed: ModuleNotFoundError: No module named 'rosetta'"):
         run_reference(request, None)
+    with pytest.raises(C2CError, match="/bin/true: gave no result, expected a Python interpreter"):
+        run_reference(request, Path("/bin/true"))
+    with pytest.raises(C2CError, match="cannot be run as an interpreter: Permission denied"):
+        run_reference(request, GOLDEN / "README.md")
 
 
 @needs_checkout
@@ -128,10 +140,11 @@ def test_the_research_code_gives_the_same_tokens(pair: str, recorded_pipeline: P
         ids = list(range(40, 60))
         plan = pipeline.make_plan(None, ids, sharers)
         ours = pipeline.generate(input_ids=ids, max_new_tokens=6, ignore_eos=True).token_ids
-    result = run_reference(make_request(given, manifest, [plan], threads=1, new_tokens=6, repeats=1), None)
-    (run,) = result.runs
-    assert 0 < run.receiver_prefill < run.ttft
-    assert 0 < run.sharer_prefill < run.ttft
-    assert run.step > 0
+    sources = find_sources(given, manifest)
+    request = make_request(given, sources, manifest.fusion_mode, [plan], threads=1, new_tokens=6, repeats=1)
+    (run,) = run_reference(request, None).runs
+    assert 0 < run.receiver_prefill[0] < run.ttft[0]
+    assert 0 < run.sharer_prefill[0] < run.ttft[0]
+    assert min(run.steps) > 0
     # From the second token on the research code attends to an aligned prompt's padding, which it was not trained to.
     assert run.token_ids[:1] == ours[:1] if manifest.aligned else run.token_ids == ours

@@ -100,17 +100,19 @@ def test_shares_are_work_over_time_and_speed(bundle: Bundle):
     work = read_pair_work(bundle, bundle.manifest.engines["ort-cpu-fp32"])
     times = PhaseTimes(
         ttft=0.9,
+        ttft_range=(0.8, 1.1),
         sharer_prefill=0.2,
         receiver_prefill=0.3,
         fuse=0.1,
         rest=0.3,
         decode_ms_per_token=4.0,
+        decode_ms_quartiles=(3.0, 5.0),
         tokens_per_second=250.0,
     )
     prompt = PromptRecord(
         asked_tokens=40,
         receiver_tokens=40,
-        sharer_tokens=39,
+        sharer_tokens={0: 39},
         fused_tokens=39,
         c2c=times,
         receiver_alone=times,

@@ -11,6 +11,7 @@ from c2c_export.passes.fuse_rms_norms import fuse_rms_norms
 NORMS_PER_LAYER = {
     "llama_untied_biased": 2,
     "llama_llama3_rope": 2,
+    "llama_yarn_relu": 2,
     "qwen2_sliding_from_layer_1": 2,
     "qwen3_wide_heads": 4,
     "mistral_sliding": 2,

@@ -11,9 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from recorded_pairs import each_pair
+from tiny_models import CAPACITY, CONFIGS, VOCAB, traced_model
 
 from c2c_export.bundle import Bundle
 from c2c_export.errors import C2CError
+from c2c_export.passes import RECEIVER_PASSES
+from c2c_export.passes.fuse_rms_norms import fuse_rms_norms
 from engines.base import View
 from engines.ort.engine import CpuBuffer, OrtCpuEngine
 from engines.ort.lower import lower_decoder
@@ -68,10 +71,16 @@ def test_lowered_graphs_share_the_portable_graphs_weights(pair: str, recorded_bu
 class Both:
     """A portable decoder and its lowered form, over caches of their own that hold the same numbers."""
 
-    def __init__(self, bundle: Bundle, name: str) -> None:
+    @classmethod
+    def of_bundle(cls, bundle: Bundle, name: str) -> "Both":
         record = bundle.manifest.engines["ort-cpu-fp32"]
-        self.portable = OrtCpuEngine(bundle.file(bundle.manifest.graphs[name].path), 1)
-        self.lowered = OrtCpuEngine(bundle.file(record.graphs[name]), 1, weights_folder=bundle.weights_folder(record))
+        return cls(
+            OrtCpuEngine(bundle.file(bundle.manifest.graphs[name].path), 1),
+            OrtCpuEngine(bundle.file(record.graphs[name]), 1, weights_folder=bundle.weights_folder(record)),
+        )
+
+    def __init__(self, portable: OrtCpuEngine, lowered: OrtCpuEngine) -> None:
+        self.portable, self.lowered = portable, lowered
         assert set(self.portable.inputs) == set(self.lowered.inputs)
         assert set(self.portable.outputs) == set(self.lowered.outputs)
 
@@ -107,7 +116,7 @@ def decoder_pairs(recorded_bundle: Callable[[str], Path]) -> Callable[[str, str]
     def load(pair: str, name: str) -> tuple[Bundle, Both]:
         if (pair, name) not in opened:
             bundle = Bundle.open(recorded_bundle(pair))
-            opened[pair, name] = bundle, Both(bundle, name)
+            opened[pair, name] = bundle, Both.of_bundle(bundle, name)
         return opened[pair, name]
 
     return load
@@ -158,6 +167,67 @@ def test_lowered_decoders_equal_portable_ones(
             for i, start in enumerate(write_index):
                 written[i, :, start : start + num_tokens] = True
             assert np.array_equal(portable[~written], lowered[~written]), f"{output}: rows of others changed"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(("num_slots", "num_tokens"), [(1, 7), (3, 1)])
+def test_every_architecture_is_lowered_whole(name: str, num_slots: int, num_tokens: int, tmp_path: Path):
+    traced = traced_model(name)
+    model = ir.from_proto(traced.passed)
+    counts = lower_decoder(model)
+    config = traced.model.config
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers, has_norms = config.num_hidden_layers, config.model_type in ("qwen3", "gemma3_text")
+    if head_size % 8:
+        assert counts == {}
+    else:
+        found = [counts[rule] for rule in ("fuse_attention", "rotary_before_transpose", "norm_before_transpose")]
+        assert found == [layers, 2 * layers, 2 * layers if has_norms else 0]
+    paths = tmp_path / "portable.onnx", tmp_path / "lowered.onnx"
+    paths[0].write_bytes(traced.passed.SerializeToString())
+    ir.save(model, paths[1])
+    write_index = np.arange(num_slots) * 4
+    positions = np.tile(np.arange(CAPACITY) + 2, (num_slots, 1))
+    inputs = {
+        "input_ids": np.random.default_rng(1).integers(0, VOCAB, (num_slots, num_tokens)),
+        "position_ids": np.stack([positions[i, start : start + num_tokens] for i, start in enumerate(write_index)]),
+        "write_index": write_index,
+        "kv_length": write_index + num_tokens,
+        "last_token": np.full(num_slots, num_tokens - 1),
+        "row_position_ids": positions,
+    }
+    for output, portable, lowered in Both(*(OrtCpuEngine(path, 1) for path in paths)).outputs(inputs, 0):
+        assert np.abs(portable - lowered).max() <= 2e-5 * max(np.abs(portable).max(), 1.0), output
+
+
+def test_a_graph_whose_norms_were_not_fused_is_refused():
+    model = ir.from_proto(traced_model("llama_untied_biased").traced)
+    with pytest.raises(C2CError, match="its norm is no RMSNormalization; export the bundle again"):
+        lower_decoder(model)
+
+
+def test_a_graph_whose_rotations_were_not_fused_is_refused():
+    model = ir.from_proto(traced_model("llama_untied_biased").traced)
+    fuse_rms_norms(model)
+    with pytest.raises(C2CError, match=r"layer .*: its rotation is no RotaryEmbedding; export the bundle again"):
+        lower_decoder(model)
+
+
+def test_a_last_layer_that_computes_every_token_is_refused():
+    model = ir.from_proto(traced_model("llama_untied_biased").traced)
+    for name, apply in RECEIVER_PASSES:
+        if name != "select_last_token":
+            apply(model)
+    with pytest.raises(C2CError, match=r"layers.1.*: its product is computed of every token, not of the last"):
+        lower_decoder(model)
+
+
+def test_attention_with_a_softcap_is_refused():
+    model = ir.from_proto(traced_model("llama_untied_biased").passed)
+    attention = next(node for node in model.graph if node.op_type == "Attention")
+    attention.attributes["softcap"] = ir.AttrFloat32("softcap", 30.0)
+    with pytest.raises(C2CError, match=r"layers.0.*: its attention has no form that ONNX Runtime's operator covers"):
+        lower_decoder(model)
 
 
 @pytest.mark.xdist_group("llama_from_gemma3_aligned")
