@@ -328,5 +328,5 @@ def test_a_buffer_takes_only_the_pages_that_are_written():
 
 
 def test_a_buffer_that_no_machine_has_is_an_error_that_says_what_to_do():
-    with pytest.raises(C2CError, match="no memory for a buffer of .* GB; load with fewer num_slots"):
+    with pytest.raises(C2CError, match=r"no memory for a buffer of .* GB; load with fewer num_slots"):
         CpuDevice().allocate((1 << 30, 1 << 30), "float32")
