@@ -18,10 +18,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from c2c_export.atomic_file import write_atomically
+from c2c_export.check_record import CheckRecord
 from c2c_export.errors import BundleError
+from c2c_export.record import Record
 from c2c_export.tokenizer import CHAT_TEMPLATE_NAME, SPECIAL_TOKENS_NAME, TOKENIZER_NAME
 
 SCHEMA_VERSION = 1
@@ -42,12 +44,6 @@ def _inside(path: str) -> str:
 
 BundlePath = Annotated[str, AfterValidator(_inside)]
 """The path of a file relative to the bundle's folder, with forward slashes."""
-
-
-class Record(BaseModel):
-    """A part of the manifest: immutable, and an unknown field is an error rather than ignored."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TensorSpec(Record):
@@ -167,7 +163,7 @@ class BuiltGraphRecord(Record):
     """Of those precisions: matrices whose shape does not allow integers."""
     casts: int
     """Casts that lowering the precision inserted."""
-    rules: dict[str, int] = {}
+    rules: dict[str, int] = Field(default_factory=dict)
     """How often each rewrite rule of the target applied, by name."""
     layers: LayerCounts | None
     """Found in the parsed network. None for ONNX Runtime."""
@@ -202,7 +198,8 @@ class EngineRecord(Record):
     graphs: dict[str, BundlePath]
     weights_folder: BundlePath | None = None
     """Where the graphs' weights lie, if not beside them: an engine in fp32 shares those of the portable graphs."""
-    check: dict[str, float] | None = None
+    check: CheckRecord | None = None
+    """None where it was never checked against the trained models."""
     build: BuildRecord | None = None
     """None where the portable graphs themselves are run, as ONNX Runtime does on a GPU in fp32."""
 

@@ -10,6 +10,7 @@ from c2c_export.bundle import (
     BuildRecord,
     BuiltGraphRecord,
     Bundle,
+    EngineRecord,
     GraphRecord,
     Manifest,
     ProfileRecord,
@@ -113,12 +114,19 @@ def _engines(bundle: Bundle) -> Table:
             engine.target,
             engine.precision,
             f"{num_bytes / 1e6:.1f} MB{'' if engine.weights_folder is None else ', the weights in graphs'}",
-            "not checked" if engine.check is None else "checked",
+            _check(engine),
             "" if build is None else _gpus(engine.target, build),
             "" if build is None or build.profile_sizes is None else str(build.profile_sizes.max_batch),
             "" if build is None else ", ".join(f"{name} {version}" for name, version in build.versions.items()),
         )
     return table
+
+
+def _check(engine: EngineRecord) -> str:
+    if engine.check is None:
+        return "not checked"
+    failed = ", ".join(level.name for level in engine.check.failed_levels)
+    return "[green]passed[/]" if engine.check.passed else f"[red]failed[/]: {failed}"
 
 
 def _gpus(target: str, build: BuildRecord) -> str:

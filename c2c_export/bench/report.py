@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from c2c_export.bundle import Record
+from c2c_export.record import Record
 
 
 class MachineRecord(Record):

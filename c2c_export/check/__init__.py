@@ -1,0 +1,17 @@
+"""`c2c-export check`: prove that an engine computes what the trained models compute, level by level.
+
+    options.py      what to check, with which sources, prompts and levels
+    prompts.py      calibration prompts: a file's, or those that come with the package
+    trained/        the trained models in torch: decoders over given caches, fusers, and C2C as a whole
+    engine.py       the engine that is checked, graph by graph and as a whole
+    levels/         one file per level, in the order of `c2c_export.check_record.LEVELS`
+    tolerances.py   how far each level may be off in each precision, and why
+    report.py       the whole result as records: what JSON, HTML and terminal show
+    run.py          run the levels, write the manifest
+    bisect/         name the node and the module where an error first passes its tolerance
+    html/           the report as one file without outside links
+    show.py         the report in the terminal
+
+Needs torch, transformers and polygraphy (the extra `check`). Not covered: how fast an engine is, see
+`c2c_export.bench`.
+"""
