@@ -24,6 +24,9 @@ from engines.ort.lower import lower_decoder
 Array = np.ndarray[Any, Any]
 HEADS_FIRST = (0, 2, 1, 3)
 
+# Head sizes that `GroupQueryAttention` takes, and one that it does not.
+every_architecture = pytest.mark.parametrize("name", CONFIGS)
+
 
 def decoders_of(bundle: Bundle) -> Iterator[str]:
     return (name for name in bundle.manifest.graphs if not name.startswith("fuser"))
@@ -169,7 +172,7 @@ def test_lowered_decoders_equal_portable_ones(
             assert np.array_equal(portable[~written], lowered[~written]), f"{output}: rows of others changed"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@every_architecture
 @pytest.mark.parametrize(("num_slots", "num_tokens"), [(1, 7), (3, 1)])
 def test_every_architecture_is_lowered_whole(name: str, num_slots: int, num_tokens: int, tmp_path: Path):
     traced = traced_model(name)
@@ -200,23 +203,26 @@ def test_every_architecture_is_lowered_whole(name: str, num_slots: int, num_toke
         assert np.abs(portable - lowered).max() <= 2e-5 * max(np.abs(portable).max(), 1.0), output
 
 
-def test_a_graph_whose_norms_were_not_fused_is_refused():
-    model = ir.from_proto(traced_model("llama_untied_biased").traced)
+@every_architecture
+def test_a_graph_whose_norms_were_not_fused_is_refused(name: str):
+    model = ir.from_proto(traced_model(name).traced)
     with pytest.raises(C2CError, match="its norm is no RMSNormalization; export the bundle again"):
         lower_decoder(model)
 
 
-def test_a_graph_whose_rotations_were_not_fused_is_refused():
-    model = ir.from_proto(traced_model("llama_untied_biased").traced)
+@every_architecture
+def test_a_graph_whose_rotations_were_not_fused_is_refused(name: str):
+    model = ir.from_proto(traced_model(name).traced)
     fuse_rms_norms(model)
     with pytest.raises(C2CError, match=r"layer .*: its rotation is no RotaryEmbedding; export the bundle again"):
         lower_decoder(model)
 
 
-def test_a_last_layer_that_computes_every_token_is_refused():
-    model = ir.from_proto(traced_model("llama_untied_biased").traced)
-    for name, apply in RECEIVER_PASSES:
-        if name != "select_last_token":
+@every_architecture
+def test_a_last_layer_that_computes_every_token_is_refused(name: str):
+    model = ir.from_proto(traced_model(name).traced)
+    for pass_name, apply in RECEIVER_PASSES:
+        if pass_name != "select_last_token":
             apply(model)
     with pytest.raises(C2CError, match=r"layers.1.*: its product is computed of every token, not of the last"):
         lower_decoder(model)
