@@ -1,7 +1,8 @@
 """Fill a bundle's folder: tokenizers and alignment tables, traced graphs, and last the manifest with every file's hash.
 
 Each model is loaded, traced, passed through `c2c_export.passes`, saved and freed before the next; a fuser follows its
-sharer. Not covered: where the folder lies and how it gets into place, see `c2c_export.staging`.
+sharer. That a decoder can be lowered for the CPU is tried at once, not after the others took minutes to trace. Not
+covered: where the folder lies and how it gets into place, see `c2c_export.staging`.
 """
 
 import importlib.metadata
@@ -38,7 +39,10 @@ from c2c_export.tokenizer import BundledTokenizer
 from c2c_export.tokenizer_source import write_tokenizer
 from c2c_export.trace.decoder import trace_decoder
 from c2c_export.trace.fuser import CacheShape, trace_fuser
+from engines.lowering import lower
 
+EMBEDDED_ENGINE = ("ort-cpu", "fp32")
+"""Target and precision of the engine that every bundle has."""
 _VERSIONED = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "tokenizers")
 
 
@@ -70,7 +74,8 @@ class ExportPlan:
 def write_bundle(root: Path, plan: ExportPlan, step: Step) -> Bundle:
     """Write all files of the bundle into the empty folder `root`; return it, still without an engine.
 
-    Raises `C2CError` when weights are broken or the disk is too small, `OSError` when writing fails.
+    Raises `C2CError` when weights are broken, a graph cannot be lowered or the disk is too small, `OSError` when
+    writing fails.
     """
     for name in (GRAPHS, "alignment", "tokenizers"):
         (root / name).mkdir()
@@ -169,7 +174,18 @@ def _export_decoder(
 ) -> GraphRecord:
     with step(f"Tracing the {name} ({model.shape.architecture}, {model.shape.num_layers} layers)"):
         graph = trace_decoder(load_weights(model.folder, model.config), max_length)
-        return _save_graph(root, name, graph, passes)
+        record = _save_graph(root, name, graph, passes)
+        del graph
+        _check_lowers(root / record.path, model)
+        return record
+
+
+def _check_lowers(path: Path, model: SourceModel) -> None:
+    """Raise `C2CError` naming the model where the graph at `path` has what the CPU's engine does not cover."""
+    try:
+        lower(path, *EMBEDDED_ENGINE, is_fuser=False)
+    except C2CError as error:
+        raise C2CError(f"{model.source}: {error}") from error
 
 
 def _save_graph(root: Path, name: str, graph: ir.Model, passes: Sequence[tuple[str, Pass]]) -> GraphRecord:

@@ -418,15 +418,23 @@ def bench(
         else ReferenceOptions(reference, reference_python, receiver, sharer or (), fuser or ()),
     )
     report = run_bench(options, _step)
+    problems = list(report.problems)
+    # Tables, files: what fails of them costs none of the others.
     if json_file is not None:
-        write_atomically(json_file, (report.model_dump_json(indent=1) + "\n").encode())
+        try:
+            write_atomically(json_file, (report.model_dump_json(indent=1) + "\n").encode())
+        except OSError as error:
+            problems.append(f"--json {json_file}: cannot be written: {error.strerror}")
     print_report(report, _output())
     if plot is not None:
         from c2c_export.bench.plot import write_plot
 
-        write_plot(report, plot)
-    if report.problems:
-        raise C2CError("\n".join(report.problems))
+        try:
+            write_plot(report, plot)
+        except OSError as error:
+            problems.append(f"--plot {plot}: cannot be written: {error.strerror}")
+    if problems:
+        raise C2CError("\n".join(problems))
 
 
 def _output() -> Console:

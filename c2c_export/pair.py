@@ -12,7 +12,7 @@ from pathlib import Path
 from c2c_export.build import add_engine
 from c2c_export.build_plan import BuildOptions
 from c2c_export.bundle import FusionMode
-from c2c_export.bundle_writer import ExportPlan, SourceSharer, write_bundle
+from c2c_export.bundle_writer import EMBEDDED_ENGINE, ExportPlan, SourceSharer, write_bundle
 from c2c_export.checkpoint import check_fuser_fits, read_fuser
 from c2c_export.errors import C2CError, UsageError
 from c2c_export.progress import Step
@@ -20,11 +20,10 @@ from c2c_export.quiet import quiet_libraries
 from c2c_export.source_model import SourceModel, read_source_model
 from c2c_export.sources import resolve_fuser
 from c2c_export.staging import check_output, staged_bundle
+from engines.targets import target_of
 
 _MIN_LENGTH = 16
 _DEFAULT_LENGTH = 2048
-_EMBEDDED = ("ort-cpu", "fp32")
-"""The engine that every bundle has."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def export_pair(options: PairOptions, step: Step) -> Path:
             plan = _plan(options)
         with staged_bundle(options.output, overwrite=options.overwrite) as folder:
             bundle = write_bundle(folder, plan, step)
-            add_engine(bundle, BuildOptions(folder, *_EMBEDDED), step)
+            add_engine(bundle, BuildOptions(folder, *EMBEDDED_ENGINE), step)
     return options.output
 
 
@@ -103,10 +102,13 @@ def _plan(options: PairOptions) -> ExportPlan:
             "--sharer-chat-template: this pair is unaligned, so the sharer reads the receiver's tokens and has no "
             "template of its own; give --receiver-chat-template"
         )
+    models = [receiver, *(sharer.model for sharer in sharers)]
+    max_length = _choose_length(options.max_length, models)
+    _check_engine(models, max_length)
     return ExportPlan(
         receiver=receiver,
         sharers=sharers,
-        max_length=_choose_length(options.max_length, [receiver, *(sharer.model for sharer in sharers)]),
+        max_length=max_length,
         aligned=aligned,
         fusion_mode=options.fusion_mode or mode or "parallel",
     )
@@ -138,6 +140,15 @@ def _check_fits(receiver: SourceModel, sharer: SourceSharer, *, aligned: bool) -
             f"{sharer.model.source}: its vocabulary of {sharer.model.shape.vocab_size} does not cover the receiver's "
             f"{len(receiver.tokenizer)} tokens, but {fuser.folder} was trained without alignment"
         )
+
+
+def _check_engine(models: Sequence[SourceModel], max_length: int) -> None:
+    """Refuse now what the engine that every bundle has would refuse after everything was traced."""
+    name, precision = EMBEDDED_ENGINE
+    for model in models:
+        refusal = target_of(name).refusal(precision, head_sizes=[model.shape.head_dim], capacity=max_length)
+        if refusal is not None:
+            raise UsageError(f"{model.source}: {refusal}")
 
 
 def _choose_length(asked: int | None, models: Sequence[SourceModel]) -> int:

@@ -12,7 +12,7 @@ A `Device` is also a queue: copies and runs are carried out in the order of the 
 before its work is done. Each model has a device of its own, all over the same memory, so that the sharers and the
 receiver can work at the same time; an `Event` of one device that another waits for joins them.
 
-Not covered: building engines from portable graphs (`engines.trt.build`; ONNX Runtime runs the graphs themselves).
+Not covered: making engines of portable graphs (`engines.lowering` for ONNX Runtime, then `engines.trt.build`).
 """
 
 from abc import ABC, abstractmethod

@@ -74,7 +74,8 @@ def lm_head(graph: ir.Graph) -> ir.Node | None:
             break
         if node.op_type in _PRODUCTS:
             return node
-        computed = [x for x in node.inputs if x is not None and x.const_value is None and x.producer() is not None]
+        # A scale, in whichever place, is an initializer or comes from a node without inputs.
+        computed = [x for x in node.inputs if x is not None and (producer := x.producer()) and producer.inputs]
         value = computed[0] if len(computed) == 1 else None
     raise C2CError("the graph's logits are not those of a product with the LM head; export the bundle again")
 

@@ -20,6 +20,17 @@ def physical_cores() -> int:
     return len(cores)
 
 
+def session_threads(num_threads: int | None) -> int:
+    """What ONNX Runtime is to be told: `num_threads`, or the default for None, which is `physical_cores`.
+
+    By itself, asked for by 0, it starts a thread on each core of the machine and keeps it there, even on cores that
+    this process may not use; so it chooses only where there are none.
+    """
+    if num_threads is not None:
+        return num_threads
+    return 0 if len(usable_cores()) == os.cpu_count() else physical_cores()
+
+
 def check_threads(name: str, num_threads: int) -> None:
     """Raise `UsageError`, naming the argument, unless there are 1 to as many threads as the machine has processors.
 

@@ -41,12 +41,12 @@ def measure_batches(
     random: np.random.Generator,
     weight_bytes: int,
 ) -> Iterator[BatchRecord]:
-    """Measure steps of `batch` requests after prompts of each of `lengths` tokens, the shortest first.
+    """Measure steps of `batch` requests after prompts of each of `lengths` tokens, which ascend.
 
     Medians over the steps of `repeats` runs after one that is not counted. `open_pipeline` is given the slots.
     """
     pipeline = open_pipeline(batch)
-    for num_tokens in sorted(lengths):
+    for num_tokens in lengths:
         memory = PeakMemory()
         prompts = [make_prompt(pipeline, num_tokens, random) for _ in range(batch)]
         with ExitStack() as stack:

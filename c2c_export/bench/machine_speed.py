@@ -15,7 +15,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from c2c_export.bench.report import GemmSpeed
-from engines.cores import usable_cores
+from engines.cores import session_threads, usable_cores
 
 _OPSET, _IR_VERSION = 21, 10
 _READ_BYTES = 512 << 20
@@ -72,7 +72,7 @@ def _product_session(k: int, n: int, threads: int | None) -> ort.InferenceSessio
     graph = ir.Graph([rows], [product], nodes=[node], initializers=[weight], opset_imports={"": _OPSET}, name="gemm")
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = session_threads(threads)
     serialized = ir.to_proto(ir.Model(graph, ir_version=_IR_VERSION)).SerializeToString()
     return ort.InferenceSession(serialized, options, providers=["CPUExecutionProvider"])
 

@@ -11,6 +11,7 @@ from c2c_export.bench.memory import PeakMemory, sharer_rows, used_cache_bytes
 from c2c_export.bench.prompts import BenchPrompt
 from c2c_export.bench.report import PhaseTimes, PromptRecord
 from runtime import C2CPipeline, Generation
+from runtime.prompt import Plan
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,19 @@ class Run:
     step_seconds: tuple[float, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class MeasuredPrompt:
+    """A prompt's plan, what was measured, and the tokens that were generated with all sharers."""
+
+    plan: Plan
+    record: PromptRecord
+    token_ids: Sequence[int]
+
+
 def measure_prompt(
     pipeline: C2CPipeline, prompt: BenchPrompt, new_tokens: int, repeats: int, weight_bytes: int
-) -> tuple[PromptRecord, list[int]]:
-    """Measure `prompt` with all sharers and without, by turns; medians over `repeats` runs after one not counted.
-
-    Returns the record and the tokens that were generated with all sharers.
-    """
+) -> MeasuredPrompt:
+    """Measure `prompt` with all sharers and without, by turns; medians over `repeats` runs after one not counted."""
     memory = PeakMemory()
     fused: list[Run] = []
     alone: list[Run] = []
@@ -44,7 +51,7 @@ def measure_prompt(
         receiver_alone=phase_times(alone[1:]),
         memory=memory.record(weight_bytes, used_cache_bytes(pipeline, plan, new_tokens)),
     )
-    return record, fused[0].generation.token_ids
+    return MeasuredPrompt(plan, record, fused[0].generation.token_ids)
 
 
 def run_once(pipeline: C2CPipeline, prompt: BenchPrompt, new_tokens: int, *, fuse: bool) -> Run:

@@ -12,6 +12,8 @@ from engines.cores import check_threads
 
 DEFAULT_PROMPT_TOKENS = (128, 256, 512)
 PLOT_SUFFIXES = (".png", ".svg")
+MAX_BATCH = 4096
+"""Requests that graphs are traced for at most."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,9 @@ def check_options(options: BenchOptions) -> None:
     for name, value, minimum in least:
         if value < minimum:
             raise UsageError(f"{name} {value}: expected at least {minimum}")
+    for count in options.batches:
+        if count > MAX_BATCH:
+            raise UsageError(f"--batch {count}: expected at most {MAX_BATCH} requests")
     if options.threads is not None:
         check_threads("--threads", options.threads)
     for path in (options.json, options.plot):
@@ -67,6 +72,8 @@ def check_options(options: BenchOptions) -> None:
             raise UsageError(f"{path}: there is no folder {path.absolute().parent} to write it into")
         if path is not None and path.is_dir():
             raise UsageError(f"{path} is a folder, expected the name of a file to write")
+        if path is not None and not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+            raise UsageError(f"{path}: the folder {path.absolute().parent} cannot be written into")
     if options.plot is not None:
         if options.plot.suffix not in PLOT_SUFFIXES:
             raise UsageError(f"--plot {options.plot}: expected a name that ends in {' or '.join(PLOT_SUFFIXES)}")
@@ -80,7 +87,7 @@ def check_options(options: BenchOptions) -> None:
 
 
 def prompt_lengths(options: BenchOptions, manifest: Manifest) -> list[int]:
-    """The prompt lengths to measure, in tokens.
+    """The prompt lengths to measure, in tokens, the shortest first: memory that was once taken is not given back.
 
     Raises `UsageError`, naming the length, where one that was asked for does not fit the capacity with the new tokens.
     """
@@ -97,7 +104,7 @@ def prompt_lengths(options: BenchOptions, manifest: Manifest) -> list[int]:
                 f"{manifest.max_length}; ask for at most {longest}, or export with a larger --max-length"
             )
     if options.prompt_tokens:
-        return list(dict.fromkeys(options.prompt_tokens))
+        return sorted(set(options.prompt_tokens))
     return [count for count in DEFAULT_PROMPT_TOKENS if count <= longest] or [longest]
 
 

@@ -10,18 +10,18 @@ import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 
 from c2c_export.bench import reference_process
-from c2c_export.bench.measure import quartiles
+from c2c_export.bench.measure import MeasuredPrompt, quartiles
 from c2c_export.bench.options import ReferenceOptions
-from c2c_export.bench.reference_process import ReferencePrompt, ReferenceRequest, ReferenceResult, parse_result
-from c2c_export.bench.report import PromptRecord, ReferenceRecord, ReferenceTimes
+from c2c_export.bench.reference_process import ReferencePrompt, ReferenceRequest, ReferenceResult, ReferenceRun
+from c2c_export.bench.report import ReferenceRecord, ReferenceTimes
 from c2c_export.bundle import Manifest
-from c2c_export.errors import C2CError, UsageError, one_line
+from c2c_export.errors import C2CError, UsageError, one_line, reason_of
 from runtime.prompt import ModelTokens, Plan
 
 _PADDING = 0
@@ -42,7 +42,7 @@ def find_sources(options: ReferenceOptions, manifest: Manifest) -> ReferenceSour
     """The models and fusers, downloaded or converted where need be; those not given are those of the manifest.
 
     That loads torch, so it is done in a process of its own. Raises `UsageError` when they are not there, or when the
-    bundle has no sharer.
+    bundle has no sharer, and `C2CError` when the process dies.
     """
     if not manifest.sharers:
         raise UsageError("--reference: the bundle has no sharer, and the research code runs pairs")
@@ -51,8 +51,22 @@ def find_sources(options: ReferenceOptions, manifest: Manifest) -> ReferenceSour
     if len(sharers) != len(manifest.sharers):
         raise UsageError(f"{len(sharers)} --sharer given, expected {len(manifest.sharers)} as in the bundle")
     receiver = options.receiver or manifest.receiver.source
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        return process.submit(_find_sources, receiver, sharers, fusers).result()
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_send_sources, args=(there, receiver, sharers, fusers), daemon=True)
+    process.start()
+    there.close()
+    try:
+        found = here.recv()
+    except EOFError:
+        raise C2CError("--reference: the process that looks for its models died; is there enough memory?") from None
+    finally:
+        process.terminate()  # a download that is interrupted would go on
+        process.join()
+    if isinstance(found, C2CError):
+        raise found
+    assert isinstance(found, ReferenceSources)
+    return found
 
 
 def make_request(
@@ -96,26 +110,38 @@ def run_reference(request: ReferenceRequest, python: Path | None) -> ReferenceRe
         last = one_line((done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1], _MAX_REASON)
         raise C2CError(f"{request.checkout}: the research code failed: {last}")
     try:
-        result = parse_result(done.stdout)
-    except (ValueError, KeyError, TypeError) as error:
+        return _parse_result(done.stdout, request)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise C2CError(
             f"{interpreter}: gave no result, expected a Python interpreter that has the research code's libraries"
         ) from error
+
+
+def _parse_result(text: str, request: ReferenceRequest) -> ReferenceResult:
+    """A result from its JSON. Raises `C2CError` where the research code did less than it was asked."""
+    content = json.loads(text)
+    result = ReferenceResult(**{**content, "runs": [ReferenceRun(**run) for run in content["runs"]]})
+    if len(result.runs) != len(request.prompts):
+        raise C2CError(
+            f"{request.checkout}: the research code ran {len(result.runs)} prompts, expected {len(request.prompts)}"
+        )
     for run, prompt in zip(result.runs, request.prompts, strict=True):
-        if len(run.token_ids) != request.new_tokens:
+        steps = request.repeats * (request.new_tokens - 1)
+        repeats = {len(run.ttft), len(run.sharer_prefill), len(run.receiver_prefill)}
+        if (repeats, len(run.token_ids), len(run.steps)) != ({request.repeats}, request.new_tokens, steps):
             raise C2CError(
                 f"{request.checkout}: the research code generated {len(run.token_ids)} tokens after "
-                f"{len(prompt.ids[0])}, expected {request.new_tokens}"
+                f"{len(prompt.ids[0])} and was timed {len(run.ttft)} times, {len(run.steps)} steps in all; expected "
+                f"{request.new_tokens}, {request.repeats} and {steps}"
             )
     return result
 
 
-def compare(
-    result: ReferenceResult, prompts: Sequence[PromptRecord], tokens: Sequence[Sequence[int]], checkout: str
-) -> ReferenceRecord:
-    """Relate the research code's times to `prompts`; `tokens` are those that the bundle generated for each."""
+def compare(result: ReferenceResult, measured: Sequence[MeasuredPrompt], checkout: str) -> ReferenceRecord:
+    """Relate the research code's times, and its tokens, to what the bundle gave for the same prompts."""
     times = []
-    for run, prompt, ours in zip(result.runs, prompts, tokens, strict=True):
+    for run, found in zip(result.runs, measured, strict=True):
+        prompt, ours = found.record, found.token_ids
         differ = (i for i, (a, b) in enumerate(zip(run.token_ids, ours, strict=True)) if a != b)
         first_token, milliseconds = median(run.ttft), [1000 * seconds for seconds in run.steps]
         times.append(
@@ -159,6 +185,16 @@ def padded_prompt(plan: Plan) -> ReferencePrompt:
         attention_masks=[mask for _, mask in rows],
         sections=[(section.stop - section.start, section.fused) for section in plan.sections],
     )
+
+
+def _send_sources(connection: Connection, receiver: str, sharers: Sequence[str], fusers: Sequence[str]) -> None:
+    """Send what `_find_sources` gives, or the error that it raises."""
+    try:
+        connection.send(_find_sources(receiver, sharers, fusers))
+    except C2CError as error:
+        connection.send(error)
+    except Exception as error:
+        connection.send(C2CError(f"--reference: {type(error).__name__}: {reason_of(error)}"))
 
 
 def _find_sources(receiver: str, sharers: Sequence[str], fusers: Sequence[str]) -> ReferenceSources:

@@ -74,12 +74,6 @@ def parse_request(text: str) -> ReferenceRequest:
     return ReferenceRequest(**{**content, "prompts": [ReferencePrompt(**prompt) for prompt in content["prompts"]]})
 
 
-def parse_result(text: str) -> ReferenceResult:
-    """A result from its JSON."""
-    content = json.loads(text)
-    return ReferenceResult(**{**content, "runs": [ReferenceRun(**run) for run in content["runs"]]})
-
-
 def measure(request: ReferenceRequest) -> ReferenceResult:
     """Load the models and measure every prompt, after one run that is not counted."""
     import torch
@@ -231,15 +225,13 @@ def _generate(model: Any, prompt: ReferencePrompt, new_tokens: int, seconds: lis
         torch.tensor([all_sharers if fused else -1, 0]).repeat(length, 1).unsqueeze(0)
         for length, fused in prompt.sections
     ]
-    ids = [torch.tensor([row]) for row in prompt.ids]
-    masks = [torch.tensor([mask]) for mask in prompt.attention_masks]
     clock = _Clock(seconds)
     before = list(seconds)
     started = time.perf_counter()
     model.generate(
         kv_cache_index=sections,
-        input_ids=ids,
-        attention_mask=masks,
+        input_ids=[torch.tensor([row]) for row in prompt.ids],
+        attention_mask=[torch.tensor([mask]) for mask in prompt.attention_masks],
         max_new_tokens=new_tokens,
         eos_token_id=_NO_TOKEN,
         pad_token_id=0,

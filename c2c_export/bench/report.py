@@ -34,6 +34,9 @@ class BundleSummary(Record):
     max_length: int
     weight_bytes: int
     """Size of the engine's files, weights included."""
+    lookup_bytes: int | None = None
+    """Of them, tables that are only looked up, such as an embedding that is no LM head too: few of their rows are read,
+    and only those are in memory. None where the system or the engine does not tell."""
     cache_bytes_per_slot: int
     """What the caches of one request take at full capacity, of all models."""
     load_seconds: float
@@ -61,7 +64,7 @@ class MemoryRecord(Record):
     file_bytes: int | None
     """Likewise: pages of mapped files (RssFile), such as weights that are read in place."""
     weight_bytes: int
-    """Size of the engine's files. A table that is only looked up counts whole, though few of its rows may be read."""
+    """Size of the engine's files, tables that are only looked up included; `BundleSummary.lookup_bytes` has those."""
     cache_bytes: int
     """Of the rows in use, of all requests and models."""
     excess: float

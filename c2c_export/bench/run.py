@@ -4,9 +4,11 @@ The order keeps measures apart: peak memory first, while nothing but the bundle 
 machine's own speed and the research code, in its own process, last.
 """
 
+import contextlib
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +17,7 @@ import onnxruntime as ort
 
 from c2c_export import __version__
 from c2c_export.bench.batch import check_batches, measure_batches
-from c2c_export.bench.measure import measure_prompt
+from c2c_export.bench.measure import MeasuredPrompt, measure_prompt
 from c2c_export.bench.memory import PeakMemory
 from c2c_export.bench.options import BenchOptions, check_options, prompt_lengths
 from c2c_export.bench.other_load import OtherLoad
@@ -31,12 +33,18 @@ from c2c_export.bench.report import (
     Settings,
     TextToTextRecord,
 )
-from c2c_export.bench.text_to_text import check_sharer_bundle, check_sharer_engine, measure_text_to_text
+from c2c_export.bench.text_to_text import (
+    check_pair_capacity,
+    check_sharer_bundle,
+    check_sharer_engine,
+    measure_text_to_text,
+)
 from c2c_export.bundle import Bundle
-from c2c_export.errors import C2CError
+from c2c_export.errors import C2CError, reason_of
 from c2c_export.progress import Step
 from engines.cores import physical_cores, usable_cores
-from engines.select import EngineChoice
+from engines.select import EngineChoice, wanted_engines
+from engines.targets import target_of
 from runtime import C2CPipeline
 
 if TYPE_CHECKING:
@@ -46,11 +54,12 @@ if TYPE_CHECKING:
 def run_bench(options: BenchOptions, step: Step) -> BenchReport:
     """Measure what `options` ask for.
 
-    Raises `UsageError` for what cannot be measured, and what opening the bundle raises. What fails later, in
-    text-to-text or in the research code, is told in the report, so that it costs no measurements.
+    Raises `UsageError` for what cannot be measured, what opening the bundle raises, and `C2CError` where no prompt
+    could be measured. Whatever else fails is told in the report, so that it costs no measurements.
     """
     check_options(options)
     bundle = Bundle.open(options.bundle)
+    wanted_engines(bundle, options.engine, options.precision)
     lengths = prompt_lengths(options, bundle.manifest)
     if options.text_to_text is not None:
         check_sharer_bundle(options.text_to_text, bundle.manifest)
@@ -66,18 +75,20 @@ def run_bench(options: BenchOptions, step: Step) -> BenchReport:
     check_batches(pipeline, options.batches, max(lengths) + options.new_tokens)
     if options.text_to_text is not None:
         check_sharer_engine(options.text_to_text, choice)
+        check_pair_capacity(pipeline, options.new_tokens)
     made: list[BenchPrompt] = [make_prompt(pipeline, length, random) for length in lengths]
-    prompts: list[PromptRecord] = []
-    generated: list[list[int]] = []
+    problems: list[str] = []
+    measured: list[MeasuredPrompt] = []
     for prompt in made:
-        with step(f"Measuring a prompt of {len(prompt.plan.receiver.ids)} tokens"):
-            record, tokens = measure_prompt(pipeline, prompt, options.new_tokens, options.repeats, summary.weight_bytes)
-            prompts.append(record)
-            generated.append(tokens)
+        what = f"a prompt of {len(prompt.plan.receiver.ids)} tokens"
+        with _going_on(what, problems), step(f"Measuring {what}"):
+            measured.append(measure_prompt(pipeline, prompt, options.new_tokens, options.repeats, summary.weight_bytes))
+    if not measured:
+        raise C2CError("\n".join(problems))
     del pipeline  # what follows opens its own, for as many requests as it has
     batches: list[BatchRecord] = []
     for batch in sorted(set(options.batches)):
-        with step(f"Measuring steps of {batch} request(s)"):
+        with _going_on(f"--batch {batch}", problems), step(f"Measuring steps of {batch} request(s)"):
             batches += measure_batches(
                 lambda num_slots: _open(options, choice.target, choice.precision, num_slots),
                 batch,
@@ -87,20 +98,16 @@ def run_bench(options: BenchOptions, step: Step) -> BenchReport:
                 random,
                 summary.weight_bytes,
             )
-    problems: list[str] = []
-    text_to_text = reference = None
-    try:
+    text_to_text = roofline = reference = None
+    with _going_on("--text-to-text", problems):
         text_to_text = _text_to_text(options, choice, step)
-    except C2CError as error:
-        problems.append(f"--text-to-text: {error}")
-    roofline = _roofline(options, bundle, choice, prompts, num_threads, step)
-    try:
-        reference = _reference(options, bundle, sources, made, prompts, generated, num_threads, step)
-    except C2CError as error:
-        problems.append(f"--reference: {error}")
+    with _going_on("--roofline", problems):
+        roofline = _roofline(options, bundle, choice, [prompt.record for prompt in measured], num_threads, step)
+    with _going_on("--reference", problems):
+        reference = _reference(options, bundle, sources, measured, num_threads, step)
     return BenchReport(
         machine=_machine(num_threads, load),
-        bundle=summary,
+        bundle=summary.model_copy(update={"lookup_bytes": _lookup_bytes(bundle, choice)}),
         settings=Settings(
             prompt_tokens=tuple(lengths),
             batches=tuple(sorted(set(options.batches))),
@@ -108,13 +115,25 @@ def run_bench(options: BenchOptions, step: Step) -> BenchReport:
             repeats=options.repeats,
             seed=options.seed,
         ),
-        prompts=tuple(prompts),
-        batches=tuple(sorted(batches, key=lambda record: (lengths.index(record.asked_tokens), record.batch))),
+        prompts=tuple(prompt.record for prompt in measured),
+        batches=tuple(sorted(batches, key=lambda record: (record.asked_tokens, record.batch))),
         text_to_text=text_to_text,
         roofline=roofline,
         reference=reference,
         problems=tuple(problems),
     )
+
+
+@contextlib.contextmanager
+def _going_on(what: str, problems: list[str]) -> Iterator[None]:
+    """Tell in `problems` what fails inside, whatever it is: measurements that took minutes are worth more."""
+    try:
+        yield
+    except C2CError as error:
+        problems.append(f"{what}: {error}")
+    except Exception as error:
+        name, reason = type(error).__name__, reason_of(error)
+        problems.append(f"{what}: {name}" if reason == name else f"{what}: {name}: {reason}")
 
 
 def _open(options: BenchOptions, engine: str, precision: str | None, num_slots: int) -> C2CPipeline:
@@ -162,9 +181,7 @@ def _reference(
     options: BenchOptions,
     bundle: Bundle,
     sources: "ReferenceSources | None",
-    made: Sequence[BenchPrompt],
-    prompts: Sequence[PromptRecord],
-    generated: Sequence[Sequence[int]],
+    measured: Sequence[MeasuredPrompt],
     num_threads: int,
     step: Step,
 ) -> ReferenceRecord | None:
@@ -177,12 +194,21 @@ def _reference(
             options.reference,
             sources,
             bundle.manifest.fusion_mode,
-            [prompt.plan for prompt in made],
+            [prompt.plan for prompt in measured],
             threads=num_threads,
             new_tokens=options.new_tokens,
             repeats=options.repeats,
         )
-        return compare(run_reference(request, options.reference.python), prompts, generated, request.checkout)
+        return compare(run_reference(request, options.reference.python), measured, request.checkout)
+
+
+def _lookup_bytes(bundle: Bundle, choice: EngineChoice) -> int | None:
+    """See `BundleSummary.lookup_bytes`; None without onnx_ir, which the bare install leaves out, and for TensorRT."""
+    if find_spec("onnx_ir") is None or not target_of(choice.target).runs_on_onnx_runtime:
+        return None
+    from c2c_export.bench.work import lookup_weight_bytes
+
+    return sum(lookup_weight_bytes(bundle.file(path)) for path in choice.record.graphs.values())
 
 
 def _summarise(pipeline: C2CPipeline, load_seconds: float, memory: PeakMemory) -> BundleSummary:

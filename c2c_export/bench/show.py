@@ -74,18 +74,20 @@ def _range(values: tuple[float, float], digits: int) -> str:
 
 
 def _memory(report: BenchReport) -> Table:
-    table = Table("prompt tokens", "requests", "peak MB", "weights MB", "rows MB", "beyond both", "measured by")
+    lookups = report.bundle.lookup_bytes
+    columns = ("prompt tokens", "requests", "peak MB", "weights MB", "of them looked up", "rows MB", "beyond both")
+    table = Table(*columns, "measured by")
     rows = [(prompt.asked_tokens, 1, prompt.memory) for prompt in report.prompts]
     rows += [(batch.asked_tokens, batch.batch, batch.memory) for batch in report.batches]
     for tokens, requests, memory in rows:
         if memory is not None:
-            table.add_row(str(tokens), str(requests), *_sizes(memory), memory.measured_by)
+            table.add_row(str(tokens), str(requests), *_sizes(memory, lookups), memory.measured_by)
     return table
 
 
-def _sizes(memory: MemoryRecord) -> list[str]:
-    megabytes = (memory.peak_bytes, memory.weight_bytes, memory.cache_bytes)
-    return [*(f"{value / 1e6:.0f}" for value in megabytes), f"{memory.excess:+.0%}"]
+def _sizes(memory: MemoryRecord, lookups: int | None) -> list[str]:
+    sizes = (memory.peak_bytes, memory.weight_bytes, lookups, memory.cache_bytes)
+    return [*("" if size is None else f"{size / 1e6:.0f}" for size in sizes), f"{memory.excess:+.0%}"]
 
 
 def _batches(report: BenchReport) -> Table:

@@ -13,8 +13,10 @@ from statistics import median
 from c2c_export.bench.report import AnswerTimes, QuestionRecord, TextToTextRecord
 from c2c_export.bundle import Bundle, Manifest
 from c2c_export.errors import UsageError
+from c2c_export.tokenizer import BundledTokenizer
 from engines.select import EngineChoice
-from runtime import C2CPipeline
+from runtime import C2CPipeline, Message
+from runtime.prompt import Plan, PromptPlanner
 
 QUESTIONS = (
     "Which country is the city of Porto in?",
@@ -27,15 +29,54 @@ _ANSWER_PROMPT = "{question}\nHint: {hint}"
 
 
 def check_sharer_bundle(path: Path, pair: Manifest) -> None:
-    """Raise `UsageError` unless the bundle at `path` is one model's, that of the pair's first sharer."""
+    """Raise `UsageError` unless the bundle at `path` is one model's, that of the pair's first sharer, and large enough.
+
+    That reads its tokenizer, whose memory is free again afterwards.
+    """
     if not pair.sharers:
         raise UsageError("--text-to-text: the bundle has no sharer to compare with; expected a pair's bundle")
-    manifest = Bundle.open(path).manifest
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
     ours, theirs = manifest.receiver, pair.sharers[0].model
     if ours.sources != theirs.sources:
         raise UsageError(
             f"--text-to-text {path}: its receiver is {ours.source}, expected the files of the pair's sharer, "
             f"{theirs.source}; write it with: c2c-export pair --receiver {theirs.source} -o OUT"
+        )
+    if manifest.sharers:
+        raise UsageError(f"--text-to-text {path}: a pair's bundle, expected that of its receiver alone")
+    tokenizer = BundledTokenizer.load(bundle.tokenizer_folder())
+    planner = PromptPlanner(
+        tokenizer, [], [], manifest.aligned, receiver_vocab=manifest.receiver.vocab_size, sharer_vocabs=[]
+    )
+    for question in QUESTIONS:
+        plan = planner.plan_messages([Message("user", _HINT_PROMPT.format(question=question))], sharers=())
+        _check_room(f"--text-to-text {path}", manifest.max_length, plan, MAX_HINT_TOKENS)
+
+
+def check_pair_capacity(pipeline: C2CPipeline, new_tokens: int) -> None:
+    """Raise `UsageError` unless the pair's bundle has room for each question, its hint and the answer.
+
+    A hint counts as many tokens of the receiver's as it has of the sharer's.
+    """
+    manifest = pipeline.bundle.manifest
+    sharers = tuple(range(len(manifest.sharers)))
+    for question in QUESTIONS:
+        asked, hinted = (
+            pipeline.make_plan([Message("user", content)], [], numbers)
+            for content, numbers in ((question, sharers), (_ANSWER_PROMPT.format(question=question, hint=""), ()))
+        )
+        _check_room("--text-to-text", manifest.max_length, asked, new_tokens)
+        _check_room("--text-to-text", manifest.max_length, hinted, MAX_HINT_TOKENS + new_tokens)
+
+
+def _check_room(what: str, capacity: int, plan: Plan, new_tokens: int) -> None:
+    # The last token's row is never written.
+    needed = len(plan.receiver.ids) + new_tokens - 1
+    if needed > capacity:
+        raise UsageError(
+            f"{what}: prompt, hint and answer take {needed} tokens, the bundle's capacity is {capacity}; export it "
+            "with a larger --max-length"
         )
 
 

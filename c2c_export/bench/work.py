@@ -5,6 +5,7 @@ attention takes 4*H*D for every pair of a query and a row that it sees (2 for th
 A window hides rows, which is not subtracted: where prompts are longer than a window, the attention counts too much.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,12 +68,19 @@ def product_weight_bytes(path: Path) -> int:
 
     A table that is also the LM head is read whole. Biases, norms and the scales of integer weights count.
     """
-    total = 0
+    return sum(num_bytes for num_bytes, readers in _weights(path) if readers - _LOOKUPS)
+
+
+def lookup_weight_bytes(path: Path) -> int:
+    """Bytes of the tables in the engine's graph at `path` that are only looked up, which no token reads whole."""
+    return sum(num_bytes for num_bytes, readers in _weights(path) if readers and not readers - _LOOKUPS)
+
+
+def _weights(path: Path) -> Iterator[tuple[int, set[str]]]:
+    """The size of each constant of a graph, and the operators that read it; the values are not read."""
     for value in ir.load(path).graph.initializers.values():
-        readers = {node.op_type for node, _ in value.uses()}
-        if value.const_value is not None and readers - _LOOKUPS:
-            total += value.const_value.nbytes
-    return total
+        if value.const_value is not None:
+            yield value.const_value.nbytes, {node.op_type for node, _ in value.uses()}
 
 
 def cache_row_bytes(graph: GraphRecord) -> int:

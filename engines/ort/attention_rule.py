@@ -151,7 +151,7 @@ class FuseAttention(RewriteRuleClassBase):
             self._rows.bias(mask),
             num_heads=num_heads,
             kv_num_heads=num_key_value_heads,
-            scale=node.attributes.get_float("scale"),
+            scale=node.attributes.get_float("scale", head_size**-0.5),
             _domain=DOMAIN,
             _outputs=3,
         )

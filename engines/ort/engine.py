@@ -18,8 +18,9 @@ import numpy as np
 import onnxruntime as ort
 
 from c2c_export.bundle import TensorSpec
-from c2c_export.errors import C2CError
+from c2c_export.errors import C2CError, reason_of
 from engines.base import BFLOAT16, Array, Binding, Buffer, Device, Engine, Event, View, loaded, storage_dtype, stored
+from engines.cores import session_threads
 
 ort.disable_telemetry_events()  # what a user runs is nobody else's business
 
@@ -140,7 +141,7 @@ class OrtEngine(Engine):
             self._session = ort.InferenceSession(graph, options, providers=providers)
         except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
             raise C2CError(f"{path}: ONNX Runtime {ort.__version__} cannot load this graph: {error}") from error
-        self._run_options = run_options
+        self._path, self._run_options = path, run_options
         self.inputs = tuple(_spec(value) for value in self._session.get_inputs())
         self.outputs = tuple(_spec(value) for value in self._session.get_outputs())
         self.device = device
@@ -148,7 +149,12 @@ class OrtEngine(Engine):
     def run(self, binding: Binding) -> None:
         """See `Engine.run`."""
         assert isinstance(binding, OrtBinding)
-        self._session.run_with_iobinding(binding.prepared, self._run_options)
+        try:
+            self._session.run_with_iobinding(binding.prepared, self._run_options)
+        except Exception as error:  # see above; most likely memory that a long prompt needs and is not there
+            raise C2CError(
+                f"{self._path}: ONNX Runtime {ort.__version__} cannot run this graph: {reason_of(error)}"
+            ) from error
 
     def _bind(self, views: Mapping[str, View]) -> Binding:
         prepared = self._session.io_binding()
@@ -172,11 +178,11 @@ class OrtCpuEngine(OrtEngine):
     ) -> None:
         """Load the graph at `path`, whose weights lie beside it, or else in `weights_folder`.
 
-        `num_threads` defaults to the machine's physical cores. Raises `C2CError` naming the graph when ONNX Runtime
-        cannot load it.
+        `num_threads` defaults to the physical cores that this process may use. Raises `C2CError` naming the graph
+        when ONNX Runtime cannot load it.
         """
         options = ort.SessionOptions()
-        options.intra_op_num_threads = num_threads or 0
+        options.intra_op_num_threads = session_threads(num_threads)
         # Products with integer weights become MatMulNBits, which by default would round the activations to int8 too.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         providers = ["CPUExecutionProvider"]

@@ -26,12 +26,13 @@ def lower_decoder(model: ir.Model) -> dict[str, int]:
     """Lower `model` in place; return how often each rule applied, by name.
 
     A model whose head size the operator does not take stays as it is, and no rule applies. Raises
-    `C2CError` naming the layer where an attention, a norm or a rotation was not matched.
+    `C2CError` naming the layer where an attention, a norm or a rotation was not matched, here or by the export.
     """
     model.opset_imports[DOMAIN] = _DOMAIN_VERSION
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     # Nodes that an earlier rule wrote carry no shapes.
     common.ShapeInferencePass()(model)
+    _check_export(model.graph)
     attentions = [node for node in model.graph if node.op_type == "Attention"]
     if any(_head_size(node) % _HEAD_SIZE_MULTIPLE for node in attentions):
         return {}
@@ -62,11 +63,32 @@ def _head_size(attention: ir.Node) -> int:
     return int(query.shape[3])
 
 
-def _check(graph: ir.Graph) -> None:
-    """Raise `C2CError`, naming the layer, for what a rule should have matched and did not."""
+def _check_export(graph: ir.Graph) -> None:
+    """Raise `C2CError`, naming the layer, for what a pass of the export should have matched and did not.
+
+    That is a norm, a rotation, or the choice of the last token: what only the logits need must be computed of one.
+    """
     for node in graph:
         if node.op_type in _UNFUSED:
             raise C2CError(f"layer {model_layer(node)}: {_UNFUSED[node.op_type]}; export the bundle again")
+    if all(output.name != "logits" for output in graph.outputs):
+        return
+    last = [node for node in graph if node.op_type == "Attention"][-1:]
+    later = {output for node in last for output in node.outputs}
+    for node in graph:
+        if not later.isdisjoint(node.inputs):
+            later.update(node.outputs)
+            shape = node.outputs[0].shape
+            if node.op_type == "MatMul" and (shape is None or shape[1] != 1):
+                raise C2CError(
+                    f"layer {model_layer(node)}: its product is computed of every token, not of the last; export the "
+                    "bundle again"
+                )
+
+
+def _check(graph: ir.Graph) -> None:
+    """Raise `C2CError`, naming the layer, for what a rule should have matched and did not."""
+    for node in graph:
         if node.op_type == "Attention":
             raise C2CError(f"layer {model_layer(node)}: its attention has no form that ONNX Runtime's operator covers")
         if node.op_type in ("RMSNormalization", "RotaryEmbedding") and _is_heads_first(node.inputs[0]):
@@ -75,21 +97,6 @@ def _check(graph: ir.Graph) -> None:
             )
         if node.op_type == _ATTENTION and (transposed := next(filter(_is_heads_first, node.inputs[:3]), None)):
             raise C2CError(f"layer {model_layer(node)}: {transposed.name} is transposed before its attention")
-    _check_last_layer(graph)
-
-
-def _check_last_layer(graph: ir.Graph) -> None:
-    """What only the logits need of one token must be computed of one token."""
-    if all(output.name != "logits" for output in graph.outputs):
-        return
-    last = [node for node in graph if node.op_type == _ATTENTION][-1:]
-    later = {output for node in last for output in node.outputs}
-    for node in graph:
-        if not later.isdisjoint(node.inputs):
-            later.update(node.outputs)
-            shape = node.outputs[0].shape
-            if node.op_type == "MatMul" and (shape is None or shape[1] != 1):
-                raise C2CError(f"layer {model_layer(node)}: its product is computed of every token, not of the last")
 
 
 def _is_heads_first(value: ir.Value | None) -> bool:

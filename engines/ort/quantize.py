@@ -5,7 +5,9 @@ but for
 
 - the constant right-hand matrix of each product, in blocks of 32 rows with a scale and a zero point
   (`engines.ort.blocks`): 8 bits in "int8", 4 bits in "int4", where the LM head still has 8;
-- embeddings, the tables of `Gather`: 8 bits in both precisions, in `GatherBlockQuantized`.
+- embeddings, the tables of `Gather`: 8 bits in both precisions, in `GatherBlockQuantized`. One that is the LM head too
+  is stored once: the lookup reads the product's integers, block by block. (In memory ONNX Runtime packs the product's
+  copy; of the stored one only the pages of rows that are looked up need to stay.)
 
 In 4 bits a matrix may have *offsets*, what rounding its zero points leaves over: a number for each block, to be added
 to all of its weights. A product with them is one with the sums of 32 activations each,
@@ -24,21 +26,24 @@ Not quantised: biases, norms, matrices with fewer than 32 rows, and products of 
 matrices are in memory until the graph is saved; they are what the engine itself will need.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 from onnx_ir.passes import common
 
 from c2c_export.errors import C2CError
 from engines.constant_products import ConstantProduct, constant_products, constant_tensor, lm_head, register_constant
 from engines.model_layers import model_layer
-from engines.ort.blocks import BLOCK_SIZE, Bits, Blocks, quantize, quantize_with_offsets
+from engines.ort.blocks import BLOCK_SIZE, Bits, Blocks, FloatMatrix, quantize, quantize_with_offsets
 from engines.precision import check_range
 
 _DOMAIN = "com.microsoft"
 _PRODUCT = "MatMulNBits"
+_LOOKUP = "GatherBlockQuantized"
 _LEVEL = "accuracy_level"
 _FLOAT_ACTIVATIONS, _INTEGER_ACTIVATIONS = 1, 4
 # Offsets are used where they leave less than this share of the squared error.
@@ -128,22 +133,18 @@ class _Quantizing:
         return _Weight(self._constants(blocks, name), has_offsets)
 
     def _constants(self, blocks: Blocks, name: str) -> tuple[ir.Value, ...]:
-        arrays = {
-            name: blocks.packed_values(),
-            f"{name}.scales": blocks.scales,
-            f"{name}.zero_points": blocks.packed_zero_points(),
-        }
-        return tuple(register_constant(self._graph, ir.Tensor(array, name=key)) for key, array in arrays.items())
+        return self._register(
+            {
+                name: blocks.packed_values(),
+                f"{name}.scales": blocks.scales,
+                f"{name}.zero_points": blocks.packed_zero_points(),
+            }
+        )
 
     def _followed_by_sums(self, activations: ir.Value, product: ir.Node) -> ir.Value:
         """[activations, their sums by block] along the last axis; computed once for all products that read them."""
         if activations not in self._extended:
-            shape = activations.shape or product.outputs[0].shape
-            if shape is None:
-                raise C2CError(
-                    f"node {product.name} (layer {model_layer(product)}): the shape of its first input is unknown, so "
-                    "its weights cannot be quantised; infer the graph's shapes first"
-                )
+            shape = activations.shape or _known_shape(product.outputs[0], product)
             # 0 copies a dimension, -1 is the number of blocks.
             blocked = self._insert(
                 product, "Reshape", [activations, self._int64([0] * (len(shape) - 1) + [-1, BLOCK_SIZE])], {}
@@ -158,20 +159,50 @@ class _Quantizing:
         if table not in self._tables:
             matrix = constant_tensor(table).numpy()
             check_range(matrix, ir.DataType.FLOAT, node)
-            # A row of the table is what a column is to a product.
-            blocks = quantize(matrix.T, 8)
-            name = f"{table.name}.rows.int8"
-            self._tables[table] = tuple(
-                register_constant(self._graph, ir.Tensor(array, name=key))
-                for key, array in {
-                    name: blocks.values.reshape(len(matrix), -1)[:, : matrix.shape[1]],
-                    f"{name}.scales": blocks.scales,
-                    f"{name}.zero_points": blocks.zero_points,
-                }.items()
-            )
+            self._tables[table] = self._table_of_head(table, matrix) or self._own_table(table, matrix)
         values, scales, zero_points = self._tables[table]
-        attributes = {"gather_axis": 0, "quantize_axis": 1, "block_size": BLOCK_SIZE, "bits": 8}
-        self._replace(node, "GatherBlockQuantized", [values, ids, scales, zero_points], attributes)
+        inputs = [values, ids, scales, zero_points]
+        axis = len(constant_tensor(values).shape) - 1
+        attributes = {"gather_axis": 0, "quantize_axis": axis, "block_size": BLOCK_SIZE, "bits": 8}
+        if axis == 1:
+            self._replace(node, _LOOKUP, inputs, attributes)
+            return
+        # [...,blocks,32] to [...,D]
+        blocks = self._insert(node, _LOOKUP, inputs, attributes, domain=_DOMAIN)
+        width = int(constant_tensor(table).shape[1])
+        leading = [0] * (len(_known_shape(node.outputs[0], node)) - 1)
+        self._replace(node, "Reshape", [blocks, self._int64([*leading, width])], {}, domain="")
+
+    def _own_table(self, table: ir.Value, matrix: FloatMatrix) -> tuple[ir.Value, ...]:
+        """Integers [V,D], scales and zero points [V,blocks] of an embedding that is no LM head too."""
+        # A row of the table is what a column is to a product.
+        blocks = quantize(matrix.T, 8)
+        name = f"{table.name}.rows.int8"
+        return self._register(
+            {
+                name: blocks.values.reshape(len(matrix), -1)[:, : matrix.shape[1]],
+                f"{name}.scales": blocks.scales,
+                f"{name}.zero_points": blocks.zero_points,
+            }
+        )
+
+    def _table_of_head(self, table: ir.Value, matrix: FloatMatrix) -> tuple[ir.Value, ...] | None:
+        """The LM head's integers [V,blocks,32], where it is the embedding too; None where it is not, or is padded.
+
+        Scales and zero points [V,blocks,1] are copies, as the two operators want them in different shapes.
+        """
+        head = self._weights.get((table, True, 8))
+        if head is None or matrix.shape[1] % BLOCK_SIZE:
+            return None
+        values, scales, zero_points = head.values
+        name = f"{table.name}.rows.int8"
+        copies = {f"{name}.scales": scales, f"{name}.zero_points": zero_points}
+        copied = {key: constant_tensor(value).numpy()[:, :, np.newaxis] for key, value in copies.items()}
+        return (values, *self._register(copied))
+
+    def _register(self, arrays: Mapping[str, NDArray[np.generic]]) -> tuple[ir.Value, ...]:
+        """New constants of these names."""
+        return tuple(register_constant(self._graph, ir.Tensor(array, name=key)) for key, array in arrays.items())
 
     def _insert(
         self, before: ir.Node, op_type: str, inputs: list[ir.Value], attributes: dict[str, int], domain: str = ""
@@ -181,9 +212,11 @@ class _Quantizing:
         self._graph.insert_before(before, node)
         return node.outputs[0]
 
-    def _replace(self, node: ir.Node, op_type: str, inputs: list[ir.Value], attributes: dict[str, int]) -> None:
+    def _replace(
+        self, node: ir.Node, op_type: str, inputs: list[ir.Value], attributes: dict[str, int], domain: str = _DOMAIN
+    ) -> None:
         old = node.outputs[0]
-        new = self._insert(node, op_type, inputs, attributes, domain=_DOMAIN)
+        new = self._insert(node, op_type, inputs, attributes, domain)
         new.producer().name = node.name
         new.shape, new.dtype = old.shape, old.dtype
         old.replace_all_uses_with(new, replace_graph_outputs=True)
@@ -201,6 +234,16 @@ class _Weight:
     values: tuple[ir.Value, ...]
     """Integers, scales, zero points: the inputs of a product."""
     has_offsets: bool
+
+
+def _known_shape(output: ir.Value, node: ir.Node) -> ir.Shape:
+    """The shape of an output of `node`, at least its rank. Raises `C2CError` naming the node where there is none."""
+    if output.shape is None:
+        raise C2CError(
+            f"node {node.name} (layer {model_layer(node)}): its shape is unknown, so its weights cannot be quantised; "
+            "infer the graph's shapes first"
+        )
+    return output.shape
 
 
 def _reads_table(node: ir.Node) -> bool:

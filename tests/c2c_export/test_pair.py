@@ -114,6 +114,23 @@ def test_every_sharer_needs_its_fuser(pair: Pair) -> None:
     assert "2 fuser(s)" in pair.refusal(UsageError, fusers=pair.options["fusers"] * 2)
 
 
+def test_a_capacity_that_the_engine_does_not_take_is_refused_before_anything_is_traced(pair: Pair) -> None:
+    for model in ("receiver", "sharer"):
+        pair.edit_json(f"{model}/config.json", lambda config: config.update(max_position_embeddings=200_000))
+    assert "capacity 140000: ort-cpu takes up to 131072 rows" in pair.refusal(UsageError, max_length=140_000)
+    assert pair.steps == ["Reading models and fusers"]
+
+
+def test_a_graph_that_cannot_be_lowered_is_refused_before_the_next_is_traced(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("c2c_export.bundle_writer.RECEIVER_PASSES", ())
+    message = pair.refusal()
+    assert message.startswith(f"{pair.options['receiver']}: layer ")
+    assert "its norm is no RMSNormalization" in message
+    assert [step.split(" (")[0] for step in pair.steps] == ["Reading models and fusers", "Tracing the receiver"]
+
+
 @pytest.mark.parametrize("max_length", [15, 0, -1])
 def test_a_capacity_that_is_too_small_is_refused(pair: Pair, max_length: int) -> None:
     assert f"--max-length {max_length}" in pair.refusal(UsageError, max_length=max_length)

@@ -194,6 +194,14 @@ def test_a_complete_set_of_bindings_runs(name: str, bound_receiver: Any):
 
 
 @unaligned
+def test_a_run_that_onnxruntime_gives_up_is_an_error_that_names_the_graph(name: str, bound_receiver: Any):
+    engine, bindings, buffers = bound_receiver
+    buffers["input_ids"].write(np.array([[10**6, 7]]), slice(None))
+    with pytest.raises(C2CError, match=r"receiver\.onnx: ONNX Runtime .* cannot run this graph: .*Gather"):
+        engine.run(engine.bind(bindings))
+
+
+@unaligned
 def test_bindings_that_do_not_fit_the_graph_are_refused_by_name(name: str, bound_receiver: Any):
     engine, good, _ = bound_receiver
     key = good["past_key.0"]

@@ -240,13 +240,34 @@ def test_head_that_is_the_embedding_has_8_bits_and_so_has_the_embedding(precisio
     nodes = [helper.make_node("Gather", ["embedding", "ids"], ["hidden"]), *(head if fused else transposed)]
     model = make_graph({"embedding": embedding}, nodes, 96, ["logits", "hidden"])
     assert quantize_for_cpu(model, precision) == QuantizedForCpu(1, 0, 1, 0)
-    assert sorted(node.op_type for node in model.graph) == ["GatherBlockQuantized", "MatMulNBits"]
+    assert sorted(node.op_type for node in model.graph) == ["GatherBlockQuantized", "MatMulNBits", "Reshape"]
     assert "embedding" not in model.graph.initializers
+    # The integers are stored once, for both.
+    lookup = next(node for node in model.graph if node.op_type == "GatherBlockQuantized")
+    assert lookup.inputs[0] is products_of(model)[0].inputs[1]
+    stored = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    assert stored < 1.5 * embedding.size
     np.testing.assert_allclose(multiplied_weight(products_of(model)[0]), embedding.T, rtol=1e-6, atol=0)
     ids = np.arange(50).reshape(5, 10)
     logits, hidden = run(model, ids=ids)
     np.testing.assert_allclose(hidden, embedding[ids], rtol=1e-6, atol=0)
     assert_close(logits, embedding[ids] @ embedding.T, ROUNDED)
+
+
+@both_precisions
+def test_head_that_is_an_embedding_of_no_whole_blocks_has_a_table_of_its_own(precision: Precision):
+    embedding = normal(50, 75)
+    nodes = [
+        helper.make_node("Gather", ["embedding", "ids"], ["hidden"]),
+        helper.make_node("Transpose", ["embedding"], ["head"], perm=[1, 0]),
+        helper.make_node("MatMul", ["hidden", "head"], ["logits"]),
+    ]
+    model = make_graph({"embedding": embedding}, nodes, 75, ["logits", "hidden"])
+    assert quantize_for_cpu(model, precision) == QuantizedForCpu(1, 0, 1, 0)
+    ids = np.array([[0, 19, 3]])
+    logits, hidden = run(model, ids=ids)
+    np.testing.assert_allclose(hidden, embedding[ids], rtol=0, atol=np.abs(embedding).max() / 250)
+    assert_close(logits, hidden @ multiplied_weight(products_of(model)[0]), ROUNDED)
 
 
 def test_embedding_whose_rows_are_no_whole_blocks():
@@ -319,7 +340,7 @@ def test_product_of_unknown_rank_is_refused_by_name():
     for value in (*node.inputs[:1], *node.outputs):
         assert value is not None
         value.shape = None
-    with pytest.raises(C2CError, match=r"node node_3 .* the shape of its first input is unknown"):
+    with pytest.raises(C2CError, match=r"node node_3 .* its shape is unknown"):
         quantize_for_cpu(model, "int4")
 
 

@@ -4,25 +4,35 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import onnx
+import onnx_ir as ir
 import pytest
 from numpy.typing import NDArray
 from tiny_models import CAPACITY, VOCAB, traced_model
 
 from engines.ort.engine import OrtCpuEngine
+from engines.ort.lower import lower_decoder
 from runtime.decoder import Decoder
 
 NUM_SLOTS, NUM_STEPS = 4, 6
 # As many real rows in each slot, and the gap in the positions before the first generated token.
 LENGTHS, GAPS = (3, 11, 1, 7), (0, 2, 5, 1)
 
-# Without windows, and with them: those graphs read the positions of all rows.
-each_model = pytest.mark.parametrize("model", ["qwen3_wide_heads", "mistral_sliding", "gemma3"])
+# Without windows, and with them: those graphs read the positions of all rows. As exported, and as the CPU runs them.
+each_model = pytest.mark.parametrize(
+    ("model", "lowered"),
+    [
+        *((name, False) for name in ("qwen3_wide_heads", "mistral_sliding", "gemma3")),
+        *((name, True) for name in ("llama_llama3_rope", "mistral_sliding", "gemma3")),
+    ],
+)
 
 
 @pytest.fixture
-def engine(model: str, tmp_path: Path) -> OrtCpuEngine:
-    onnx.save(traced_model(model).passed, tmp_path / "receiver.onnx")
+def engine(model: str, lowered: bool, tmp_path: Path) -> OrtCpuEngine:
+    graph = ir.from_proto(traced_model(model).passed)
+    if lowered:
+        assert lower_decoder(graph)["fuse_attention"] > 0
+    ir.save(graph, tmp_path / "receiver.onnx")
     return OrtCpuEngine(tmp_path / "receiver.onnx", 1)
 
 
@@ -95,7 +105,7 @@ def test_a_slot_goes_on_by_itself_after_shared_steps(engine: OrtCpuEngine):
     np.testing.assert_allclose(found, decoder.step_logits(NUM_SLOTS)[slot], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("model", ["qwen3_wide_heads"])
+@pytest.mark.parametrize(("model", "lowered"), [("qwen3_wide_heads", False)])
 @pytest.mark.parametrize("served", [0, NUM_SLOTS + 1])
 def test_a_step_for_other_slots_than_the_pools_is_refused(engine: OrtCpuEngine, served: int):
     decoder, _ = prefilled(engine)

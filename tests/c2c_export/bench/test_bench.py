@@ -1,24 +1,32 @@
 """The command `bench`: every number is there, positive, and follows from the others; wrong use is refused."""
 
 import contextlib
+import errno
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from command_line import RunCli
 
+from c2c_export.bench import measure, run
+from c2c_export.bench.prompts import make_prompt
 from c2c_export.bench.report import BenchReport, PhaseTimes
 from c2c_export.build import build
 from c2c_export.build_plan import BuildOptions
+from c2c_export.errors import C2CError
 from runtime import C2CPipeline
 
 UNALIGNED, ALIGNED, TWO_SHARERS = "qwen3_from_qwen2", "qwen3_from_llama_aligned", "two_sharers_parallel"
+CLOSED = "gates_closed"
 GOLDEN = Path(__file__).parents[2] / "golden"
 
 BundleOf = Callable[[str], Path]
@@ -88,6 +96,64 @@ def test_prompts_and_batches_are_all_measured(bench: Callable[..., BenchReport],
     assert report.machine.threads == 1
     assert (report.bundle.engine, report.bundle.precision, report.bundle.aligned) == ("ort-cpu", "fp32", False)
     assert report.text_to_text is report.roofline is report.reference is None
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_every_number_of_requests_has_a_pipeline_of_its_own(
+    bench: Callable[..., BenchReport], recorded_bundle: BundleOf, monkeypatch: pytest.MonkeyPatch
+):
+    opened: list[tuple[int, weakref.ref[C2CPipeline]]] = []
+    from_bundle = C2CPipeline.from_bundle
+
+    def count(*arguments: Any, num_slots: int, **named: Any) -> C2CPipeline:
+        # Memory that a larger one took would count for the smaller.
+        assert [slots for slots, pipeline in opened if pipeline() is not None] == []
+        pipeline = from_bundle(*arguments, num_slots=num_slots, **named)
+        opened.append((num_slots, weakref.ref(pipeline)))
+        return pipeline
+
+    monkeypatch.setattr(C2CPipeline, "from_bundle", count)
+    report = bench(recorded_bundle(UNALIGNED), "--prompt-tokens", 8, "--batch", 3, "--batch", 1)
+    assert [slots for slots, _ in opened] == [1, 1, 3]
+    assert [record.batch for record in report.batches] == [1, 3]
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_prompts_are_measured_the_shortest_first(bench: Callable[..., BenchReport], recorded_bundle: BundleOf):
+    # Rows that a longer one had written stay in memory.
+    report = bench(recorded_bundle(UNALIGNED), "--prompt-tokens", 33, "--prompt-tokens", 20, "--prompt-tokens", 33)
+    assert [prompt.asked_tokens for prompt in report.prompts] == [20, 33]
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_the_receiver_alone_is_measured_by_turns(
+    recorded_pipeline: Callable[[str], C2CPipeline], monkeypatch: pytest.MonkeyPatch
+):
+    turns: list[bool] = []
+    run_once = measure.run_once
+
+    def note(*arguments: Any, fuse: bool) -> measure.Run:
+        turns.append(fuse)
+        return run_once(*arguments, fuse=fuse)
+
+    monkeypatch.setattr(measure, "run_once", note)
+    pipeline = recorded_pipeline(UNALIGNED)
+    prompt = make_prompt(pipeline, 8, np.random.default_rng(0))
+    measured = measure.measure_prompt(pipeline, prompt, new_tokens=3, repeats=2, weight_bytes=1)
+    assert turns == [True, False] * 3
+    assert len(measured.token_ids) == 3
+
+
+@pytest.mark.xdist_group(CLOSED)
+def test_a_sharer_whose_gates_are_closed_is_no_work(bench: Callable[..., BenchReport], recorded_bundle: BundleOf):
+    report = bench(recorded_bundle(CLOSED), "--prompt-tokens", 20, "--roofline")
+    (prompt,) = report.prompts
+    assert prompt.sharer_tokens == {}
+    assert prompt.c2c.sharer_prefill == prompt.c2c.fuse == 0
+    assert report.roofline is not None
+    (share,) = report.roofline.shares
+    assert share.sharer_prefill is share.fuse is None
+    assert share.gflop["sharer_prefill"] == share.gflop["fuse"] == 0
 
 
 @pytest.mark.xdist_group(UNALIGNED)
@@ -190,6 +256,15 @@ def test_text_to_text_is_compared_on_every_question(
     assert record.answer_ratio == pytest.approx(ratios[1])
 
 
+def edited(bundle: Path, folder: Path, edit: Callable[[dict[str, Any]], object]) -> Path:
+    """A copy of a bundle, its manifest changed."""
+    copy = Path(shutil.copytree(bundle, folder / "edited.bundle"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    edit(manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
+
+
 @pytest.fixture(scope="session")
 def sharer_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of the unaligned pair's sharer alone."""
@@ -212,7 +287,7 @@ MISUSE: dict[str, tuple[list[Any], str]] = {
     "no threads": (["--threads", 0], "--threads is 0, expected 1 to"),
     "threads without number": (["--threads", 999999], "--threads is 999999, expected 1 to"),
     "a negative seed": (["--seed", -1], "--seed -1: expected at least 0"),
-    "more requests than memory": (["--batch", 10**9], "--batch 1000000000: the caches of so many requests .* ask for"),
+    "requests without number": (["--batch", 100_000], "--batch 100000: expected at most 4096 requests"),
     "no folder": (["--json", "/nowhere/report.json"], "no folder /nowhere"),
     "a folder": (["--json", "/"], "/ is a folder"),
     "another kind of plot": (["--plot", "a.jpeg"], r"--plot a.jpeg: expected a name that ends in .png or .svg"),
@@ -231,6 +306,39 @@ def test_wrong_use_is_refused_in_a_line(run_bench: RunCli, recorded_bundle: Bund
     assert (code, out) == (2, "")
     assert re.search(message, err), err
     assert len(err.strip().splitlines()) <= 3
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_more_requests_than_memory_holds_are_refused(
+    run_bench: RunCli, recorded_bundle: BundleOf, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("c2c_export.bench.batch.available_bytes", lambda: 10 << 20)
+    code, out, err = run_bench(recorded_bundle(UNALIGNED), "--batch", 2, "--batch", 4096)
+    assert (code, out) == (2, "")
+    assert re.search(r"--batch 4096: the caches of so many requests of 160 tokens take .* ask for at most \d+", err)
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_a_folder_that_cannot_be_written_is_refused(
+    run_bench: RunCli, recorded_bundle: BundleOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    access = os.access
+    # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, *mode, **named: path != tmp_path and access(path, *mode, **named))
+    code, _, err = run_bench(recorded_bundle(UNALIGNED), "--json", tmp_path / "report.json")
+    assert code == 2
+    assert f"the folder {tmp_path} cannot be written into" in err
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_an_engine_that_is_not_there_is_refused_before_models_are_sought(
+    run_bench: RunCli, recorded_bundle: BundleOf, empty_checkout: Path
+):
+    path = recorded_bundle(UNALIGNED)
+    code, _, err = run_bench(path, "--precision", "int8", "--reference", empty_checkout, "--receiver", "gone")
+    assert code == 2
+    assert "has no engine ort-cpu in int8" in err
+    assert "Finding" not in err
 
 
 @pytest.mark.xdist_group(UNALIGNED)
@@ -266,12 +374,101 @@ def test_a_research_code_that_fails_costs_no_measurements(
     assert "the research code failed" in written["problems"][0]
 
 
+FAILING = {
+    "a prompt": (["--prompt-tokens", 9], "measure_prompt", C2CError("no memory"), "a prompt of 9 tokens: no memory"),
+    "steps": (["--batch", 2], "measure_batches", C2CError("no memory"), "--batch 2: no memory"),
+    "the machine": (["--roofline"], "_roofline", MemoryError(), "--roofline: MemoryError"),
+    "the research code": ([], "_reference", KeyError("runs"), "--reference: KeyError: 'runs'"),
+    "text-to-text": ([], "_text_to_text", OSError("gone"), "--text-to-text: OSError: gone"),
+}
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+@pytest.mark.parametrize("part", FAILING)
+def test_a_part_that_fails_costs_no_measurements(
+    run_bench: RunCli, recorded_bundle: BundleOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+):
+    options, function, error, message = FAILING[part]
+    measure = getattr(run, function)
+
+    def fail(*arguments: Any, **named: Any) -> Any:
+        if function == "measure_prompt" and arguments[1].asked_tokens == 8:
+            return measure(*arguments, **named)
+        raise error
+
+    monkeypatch.setattr(run, function, fail)
+    small = ("--threads", 1, "--new-tokens", 3, "--repeats", 1, "--prompt-tokens", 8, "--json", tmp_path / "a.json")
+    code, out, err = run_bench(recorded_bundle(UNALIGNED), *small, *options)
+    assert code == 1
+    assert message in err
+    report = BenchReport.model_validate_json((tmp_path / "a.json").read_text())
+    assert [prompt.asked_tokens for prompt in report.prompts] == [8]
+    assert f"{report.prompts[0].c2c.ttft:.3f}" in out
+    assert report.problems == (message,)
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_where_no_prompt_can_be_measured_the_reason_is_told(
+    run_bench: RunCli, recorded_bundle: BundleOf, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any) -> Any:
+        raise C2CError("no memory")
+
+    monkeypatch.setattr(run, "measure_prompt", fail)
+    code, out, err = run_bench(recorded_bundle(UNALIGNED), "--prompt-tokens", 8)
+    assert (code, out) == (1, "")
+    assert "a prompt of 8 tokens: no memory" in err
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_files_that_cannot_be_written_cost_no_tables(
+    run_bench: RunCli, recorded_bundle: BundleOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("c2c_export.atomic_file.write_atomically", fail)
+    monkeypatch.setattr("c2c_export.bench.plot.write_atomically", fail)
+    small = ("--threads", 1, "--new-tokens", 3, "--repeats", 1, "--prompt-tokens", 8)
+    files = ("--json", tmp_path / "a.json", "--plot", tmp_path / "a.png")
+    code, out, err = run_bench(recorded_bundle(UNALIGNED), *small, *files)
+    assert code == 1
+    assert "receiver alone" in out
+    for option, path in zip(files[::2], files[1::2], strict=True):
+        assert f"{option} {path}: cannot be written: No space left on device" in err
+
+
 @pytest.mark.xdist_group(UNALIGNED)
 def test_text_to_text_needs_the_sharers_own_bundle(run_bench: RunCli, recorded_bundle: BundleOf):
     path = recorded_bundle(UNALIGNED)
     code, _, err = run_bench(path, "--text-to-text", path)
     assert code == 2
     assert "expected the files of the pair's sharer" in err
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_text_to_text_needs_a_bundle_of_one_model(run_bench: RunCli, recorded_bundle: BundleOf, tmp_path: Path):
+    def share_itself(manifest: dict[str, Any]) -> None:
+        manifest["sharers"][0]["model"]["sources"] = manifest["receiver"]["sources"]
+
+    path = recorded_bundle(UNALIGNED)
+    code, _, err = run_bench(edited(path, tmp_path, share_itself), "--text-to-text", path)
+    assert code == 2
+    assert f"--text-to-text {path}: a pair's bundle, expected that of its receiver alone" in err
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_text_to_text_needs_room_for_hints_and_answers(
+    run_bench: RunCli, recorded_bundle: BundleOf, sharer_bundle: Path, tmp_path: Path
+):
+    small = edited(sharer_bundle, tmp_path, lambda manifest: manifest.update(max_length=64))
+    code, out, err = run_bench(recorded_bundle(UNALIGNED), "--text-to-text", small)
+    assert (code, out) == (2, "")
+    assert re.search(rf"--text-to-text {small}: prompt, hint and answer take \d+ tokens, .* capacity is 64", err)
+    many = ("--prompt-tokens", 8, "--new-tokens", 200)
+    code, out, err = run_bench(recorded_bundle(UNALIGNED), *many, "--text-to-text", sharer_bundle)
+    assert (code, out) == (2, "")
+    assert re.search(r"--text-to-text: prompt, hint and answer take \d+ tokens, .* capacity is 256", err)
 
 
 @pytest.mark.xdist_group(UNALIGNED)
@@ -310,9 +507,15 @@ def test_a_missing_library_is_named_with_its_extra(
 @pytest.mark.xdist_group(UNALIGNED)
 def test_the_json_holds_what_the_tables_show(run_bench: RunCli, recorded_bundle: BundleOf, tmp_path: Path):
     path = tmp_path / "report.json"
-    small = ("--threads", 1, "--new-tokens", 3, "--repeats", 1, "--prompt-tokens", 8)
+    small = ("--threads", 1, "--new-tokens", 3, "--repeats", 1, "--prompt-tokens", 8, "--batch", 1)
     code, out, err = run_bench(recorded_bundle(UNALIGNED), *small, "--json", path)
     assert code == 0, err
-    (prompt,) = json.loads(path.read_text())["prompts"]
+    report = json.loads(path.read_text())
+    (prompt,) = report["prompts"]
     assert f"{prompt['c2c']['ttft']:.3f}" in out
     assert f"{prompt['c2c']['decode_ms_per_token']:.2f}" in out
+    (batch,) = report["batches"]
+    assert f"{batch['ms_per_step']:.2f}" in out
+    # Of the sharer at least its embedding.
+    assert 0 < report["bundle"]["lookup_bytes"] < report["bundle"]["weight_bytes"]
+    assert "of them looked up" in out

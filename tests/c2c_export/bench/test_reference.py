@@ -4,17 +4,20 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from c2c_export.bench.measure import MeasuredPrompt
 from c2c_export.bench.options import ReferenceOptions
 from c2c_export.bench.reference import compare, find_sources, make_request, padded_prompt, run_reference
-from c2c_export.bench.reference_process import ReferenceResult, ReferenceRun
+from c2c_export.bench.reference_process import ReferencePrompt, ReferenceRequest, ReferenceResult, ReferenceRun
 from c2c_export.bench.report import PhaseTimes, PromptRecord
 from c2c_export.errors import C2CError, UsageError
 from runtime import C2CPipeline, Message
+from runtime.prompt import ModelTokens, Plan
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 UNALIGNED, ALIGNED, CLOSING_PADDING = "qwen3_from_qwen2", "llama_from_gemma3_aligned", "qwen3_from_llama_aligned"
@@ -37,6 +40,11 @@ def times(ttft: float, milliseconds: float) -> PhaseTimes:
         decode_ms_quartiles=(milliseconds, milliseconds),
         tokens_per_second=1000 / milliseconds,
     )
+
+
+def plan_of(ids: list[int]) -> Plan:
+    tokens = ModelTokens(np.array(ids), np.arange(len(ids)))
+    return Plan((), tokens, {}, num_positions=len(ids), closing_padding_id=None)
 
 
 def prompt_record(ttft: float, milliseconds: float) -> PromptRecord:
@@ -89,7 +97,8 @@ def test_sources_are_the_manifests_unless_given(recorded_pipeline: PipelineOf):
 def test_ratios_are_the_research_codes_times_over_ours():
     run = ReferenceRun([3.0, 2.0, 9.0], [1.0, 0.5, 1.0], [1.5, 1.0, 1.5], [0.2, 0.1, 0.3, 0.4, 0.1], [5, 6, 9, 8])
     result = ReferenceResult({"torch": "2"}, 7, [run])
-    (found,) = compare(result, [prompt_record(1.5, 50.0)], [[5, 6, 7, 8]], "C2C").prompts
+    measured = MeasuredPrompt(plan_of([1, 2]), prompt_record(1.5, 50.0), [5, 6, 7, 8])
+    (found,) = compare(result, [measured], "C2C").prompts
     assert found.fuse == pytest.approx(0.5)
     assert (found.ttft, found.ttft_range) == (3.0, (2.0, 9.0))
     assert found.decode_ms_per_token == pytest.approx(200.0)
@@ -114,6 +123,67 @@ def test_a_checkout_that_fails_is_an_error_with_its_reason(recorded_pipeline: Pi
         run_reference(request, Path("/bin/true"))
     with pytest.raises(C2CError, match="cannot be run as an interpreter: Permission denied"):
         run_reference(request, GOLDEN / "README.md")
+
+
+REQUEST = ReferenceRequest(
+    checkout="C2C",
+    receiver="receiver",
+    sharers=[],
+    fusers=[],
+    fusion_mode="parallel",
+    threads=1,
+    new_tokens=3,
+    repeats=2,
+    prompts=[ReferencePrompt([[1, 2]], [[1, 1]], [(2, False)])],
+)
+RUN = {
+    "ttft": [1.0, 1.0],
+    "sharer_prefill": [0.1, 0.1],
+    "receiver_prefill": [0.2, 0.2],
+    "steps": [0.1] * 4,
+    "token_ids": [5, 6, 7],
+}
+RESULT: dict[str, Any] = {"versions": {}, "peak_bytes": 1, "runs": [RUN]}
+
+
+def interpreter_that_prints(text: str, folder: Path) -> Path:
+    path = folder / "python"
+    path.write_text(f"#!/bin/sh\ncat > /dev/null\ncat <<'END'\n{text}\nEND\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_a_whole_result_is_read(tmp_path: Path):
+    result = run_reference(REQUEST, interpreter_that_prints(json.dumps(RESULT), tmp_path))
+    assert result.runs == [ReferenceRun(**RUN)]
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ("no JSON", "gave no result"),
+        ([RESULT], "gave no result"),
+        ({**RESULT, "runs": None}, "gave no result"),
+        ({**RESULT, "runs": [{"ttft": [1.0]}]}, "gave no result"),
+        ({**RESULT, "runs": []}, "ran 0 prompts, expected 1"),
+        ({**RESULT, "runs": [{**RUN, "token_ids": [5]}]}, r"generated 1 tokens after 2 .* expected 3"),
+        ({**RESULT, "runs": [{**RUN, "steps": []}]}, r"0 steps in all; expected 3, 2 and 4"),
+        ({**RESULT, "runs": [{**RUN, "ttft": [1.0]}]}, r"timed 1 times"),
+    ],
+)
+def test_less_than_a_whole_result_is_an_error(result: Any, message: str, tmp_path: Path):
+    text = result if isinstance(result, str) else json.dumps(result)
+    with pytest.raises(C2CError, match=message):
+        run_reference(REQUEST, interpreter_that_prints(text, tmp_path))
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_a_process_that_dies_while_it_looks_for_models_is_an_error(
+    recorded_pipeline: PipelineOf, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("c2c_export.bench.reference._send_sources", os.path.basename)  # fails on its arguments
+    with pytest.raises(C2CError, match="the process that looks for its models died"):
+        find_sources(ReferenceOptions(Path()), recorded_pipeline(UNALIGNED).bundle.manifest)
 
 
 @needs_checkout

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from c2c_export.bench.report import PhaseTimes, PromptRecord
 from c2c_export.bench.roofline import gemm_shapes, read_pair_work, speed_shares
-from c2c_export.bench.work import GraphWork, cache_row_bytes, product_weight_bytes, read_graph_work
+from c2c_export.bench.work import GraphWork, cache_row_bytes, lookup_weight_bytes, product_weight_bytes, read_graph_work
 from c2c_export.bundle import Bundle
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -89,6 +89,12 @@ def test_a_step_reads_every_weight_but_a_table_that_is_only_looked_up(pair: str,
     found = product_weight_bytes(bundle.file(bundle.manifest.receiver_graph.path))
     # The graph has a few constants more: the numbers of the rows, the rotary frequencies.
     assert expected <= found <= expected + 8 * bundle.manifest.max_length + 1024
+    assert lookup_weight_bytes(bundle.file(bundle.manifest.receiver_graph.path)) == 4 * looked_up
+    # A sharer has no LM head.
+    (sharer,) = bundle.manifest.sharers
+    assert sharer.sharer_graph is not None
+    embedding = AutoModelForCausalLM.from_pretrained(GOLDEN / pair / "sharer").get_input_embeddings().weight
+    assert lookup_weight_bytes(bundle.file(sharer.sharer_graph.path)) == 4 * embedding.numel()
     record = bundle.manifest.receiver
     assert cache_row_bytes(bundle.manifest.receiver_graph) == 4 * 2 * (
         record.num_layers * record.num_key_value_heads * record.head_dim

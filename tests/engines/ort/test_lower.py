@@ -10,28 +10,33 @@ import onnx_ir as ir
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from recorded_pairs import each_pair
+from onnxscript.rewriter import RewriteRuleSet
+from recorded_pairs import DECODERS, each_decoder, each_pair
 from tiny_models import CAPACITY, CONFIGS, VOCAB, traced_model
 
-from c2c_export.bundle import Bundle
+from c2c_export.bundle import Bundle, ModelRecord
 from c2c_export.errors import C2CError
 from c2c_export.passes import RECEIVER_PASSES
 from c2c_export.passes.fuse_rms_norms import fuse_rms_norms
 from engines.base import View
 from engines.ort.engine import CpuBuffer, OrtCpuEngine
+from engines.ort.layout_rules import RESHAPE_RULE
 from engines.ort.lower import lower_decoder
 
 Array = np.ndarray[Any, Any]
 HEADS_FIRST = (0, 2, 1, 3)
+
+# Head sizes that `GroupQueryAttention` takes, and one that it does not.
+every_architecture = pytest.mark.parametrize("name", CONFIGS)
 
 
 def decoders_of(bundle: Bundle) -> Iterator[str]:
     return (name for name in bundle.manifest.graphs if not name.startswith("fuser"))
 
 
-def head_size_of(bundle: Bundle, name: str) -> int:
+def model_of(bundle: Bundle, name: str) -> ModelRecord:
     manifest = bundle.manifest
-    return (manifest.receiver if name == "receiver" else manifest.sharers[int(name[-1])].model).head_dim
+    return manifest.receiver if name == "receiver" else manifest.sharers[int(name.removeprefix("sharer"))].model
 
 
 @each_pair
@@ -39,12 +44,13 @@ def test_every_attention_becomes_one_that_costs_the_rows_in_use(pair: str, recor
     bundle = Bundle.open(recorded_bundle(pair))
     record = bundle.manifest.engines["ort-cpu-fp32"]
     assert record.build is not None
+    assert set(decoders_of(bundle)) == {name for found, name in DECODERS if found == pair}
     for name in decoders_of(bundle):
         portable = Counter(node.op_type for node in ir.load(bundle.file(bundle.manifest.graphs[name].path)).graph)
         lowered = ir.load(bundle.file(record.graphs[name])).graph
         found = Counter(node.op_type for node in lowered)
         rules = record.build.graphs[name].rules
-        if head_size_of(bundle, name) % 8:
+        if model_of(bundle, name).head_dim % 8:
             assert rules == {}
             assert found == portable
             continue
@@ -122,19 +128,7 @@ def decoder_pairs(recorded_bundle: Callable[[str], Path]) -> Callable[[str, str]
     return load
 
 
-# q/k norms and grouped heads; sliding windows, every rule; a receiver with one key/value head.
-@pytest.mark.parametrize(
-    ("pair", "name"),
-    [
-        pytest.param(pair, name, marks=pytest.mark.xdist_group(pair), id=f"{pair}-{name}")
-        for pair, name in (
-            ("qwen3_from_qwen2", "receiver"),
-            ("llama_from_gemma3_aligned", "receiver"),
-            ("llama_from_gemma3_aligned", "sharer0"),
-            ("qwen3_from_llama_aligned", "sharer0"),
-        )
-    ],
-)
+@each_decoder
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_lowered_decoders_equal_portable_ones(
@@ -150,7 +144,7 @@ def test_lowered_decoders_equal_portable_ones(
     generator = np.random.default_rng(seed)
     # Positions with gaps, as an aligned prompt has them.
     positions = np.cumsum(generator.integers(1, 4, (num_slots, bundle.manifest.max_length)), axis=1) - 1
-    vocab = bundle.manifest.receiver.vocab_size if name == "receiver" else bundle.manifest.sharers[0].model.vocab_size
+    vocab = model_of(bundle, name).vocab_size
     inputs = {
         "input_ids": generator.integers(0, vocab, (num_slots, num_tokens)),
         "position_ids": np.stack([positions[i, start : start + num_tokens] for i, start in enumerate(write_index)]),
@@ -169,7 +163,7 @@ def test_lowered_decoders_equal_portable_ones(
             assert np.array_equal(portable[~written], lowered[~written]), f"{output}: rows of others changed"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@every_architecture
 @pytest.mark.parametrize(("num_slots", "num_tokens"), [(1, 7), (3, 1)])
 def test_every_architecture_is_lowered_whole(name: str, num_slots: int, num_tokens: int, tmp_path: Path):
     traced = traced_model(name)
@@ -200,26 +194,58 @@ def test_every_architecture_is_lowered_whole(name: str, num_slots: int, num_toke
         assert np.abs(portable - lowered).max() <= 2e-5 * max(np.abs(portable).max(), 1.0), output
 
 
-def test_a_graph_whose_norms_were_not_fused_is_refused():
-    model = ir.from_proto(traced_model("llama_untied_biased").traced)
+@every_architecture
+def test_a_graph_whose_norms_were_not_fused_is_refused(name: str):
+    model = ir.from_proto(traced_model(name).traced)
     with pytest.raises(C2CError, match="its norm is no RMSNormalization; export the bundle again"):
         lower_decoder(model)
 
 
-def test_a_graph_whose_rotations_were_not_fused_is_refused():
-    model = ir.from_proto(traced_model("llama_untied_biased").traced)
+@every_architecture
+def test_a_graph_whose_rotations_were_not_fused_is_refused(name: str):
+    model = ir.from_proto(traced_model(name).traced)
     fuse_rms_norms(model)
     with pytest.raises(C2CError, match=r"layer .*: its rotation is no RotaryEmbedding; export the bundle again"):
         lower_decoder(model)
 
 
-def test_a_last_layer_that_computes_every_token_is_refused():
-    model = ir.from_proto(traced_model("llama_untied_biased").traced)
-    for name, apply in RECEIVER_PASSES:
-        if name != "select_last_token":
+@every_architecture
+def test_a_last_layer_that_computes_every_token_is_refused(name: str):
+    model = ir.from_proto(traced_model(name).traced)
+    for pass_name, apply in RECEIVER_PASSES:
+        if pass_name != "select_last_token":
             apply(model)
     with pytest.raises(C2CError, match=r"layers.1.*: its product is computed of every token, not of the last"):
         lower_decoder(model)
+
+
+@pytest.mark.parametrize(("size", "count"), [("S", 1), (None, 0)], ids=["named", "unknown"])
+def test_reshapes_there_and_back_are_left_out_where_sizes_are_known(size: str | None, count: int):
+    x = ir.Value(name="x", shape=ir.Shape([size, 6]), type=ir.TensorType(ir.DataType.FLOAT))
+    shapes = [
+        ir.Value(name=name, const_value=ir.tensor(np.array(shape), name=name))
+        for name, shape in (("flat", [-1]), ("back", [-1, 6]))
+    ]
+    flat = ir.node("Reshape", [x, shapes[0]])
+    back = ir.node("Reshape", [flat.outputs[0], shapes[1]])
+    back.outputs[0].shape, back.outputs[0].dtype = ir.Shape([size, 6]), ir.DataType.FLOAT
+    graph = ir.Graph([x], back.outputs, nodes=[flat, back], initializers=shapes, opset_imports={"": 24})
+    model = ir.Model(graph, ir_version=10)
+    assert RewriteRuleSet([RESHAPE_RULE]).apply_to_model(model) == count
+
+
+def test_attention_without_a_scale_has_the_usual_one():
+    traced = traced_model("llama_untied_biased")
+    models = [ir.from_proto(traced.passed) for _ in range(2)]
+    for node in models[0].graph:
+        if node.op_type == "Attention":
+            del node.attributes["scale"]
+    scales = []
+    for model in models:
+        lower_decoder(model)
+        fused = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+        scales.append([node.attributes.get_float("scale") for node in fused])
+    assert scales[0] == pytest.approx(scales[1])
 
 
 def test_attention_with_a_softcap_is_refused():

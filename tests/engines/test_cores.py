@@ -1,0 +1,65 @@
+"""Threads are those of the processors that this process may use, on systems that do not tell them too."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from c2c_export.errors import UsageError
+from engines import cores
+
+HAS_AFFINITY = hasattr(os, "sched_setaffinity") and Path("/proc/self/task").is_dir()
+
+# Starts a session on one of several processors, and prints where its threads may run.
+ON_ONE_PROCESSOR = """
+import os, sys
+from pathlib import Path
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from engines.ort.engine import OrtCpuEngine
+engine = OrtCpuEngine(Path(sys.argv[1]))
+for task in Path("/proc/self/task").iterdir():
+    print(os.sched_getaffinity(int(task.name)) == os.sched_getaffinity(0))
+"""
+
+
+def test_a_system_without_affinity_counts_all_processors(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    assert cores.usable_cores() == {0, 1, 2}
+    assert 1 <= cores.physical_cores() <= 3
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert cores.usable_cores() == {0}
+
+
+def test_threads_are_the_default_only_where_all_processors_may_be_used(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(cores, "physical_cores", lambda: 2)
+    monkeypatch.setattr(cores, "usable_cores", lambda: {0, 1, 2, 3})
+    assert (cores.session_threads(None), cores.session_threads(3)) == (0, 3)
+    monkeypatch.setattr(cores, "usable_cores", lambda: {0, 1})
+    assert (cores.session_threads(None), cores.session_threads(3)) == (2, 3)
+
+
+@pytest.mark.xdist_group("qwen3_from_qwen2")
+@pytest.mark.skipif(
+    not HAS_AFFINITY or len(cores.usable_cores()) < 2, reason="needs two processors, and a system that tells them"
+)
+def test_an_engine_stays_on_the_processors_of_its_process(recorded_bundle):
+    graph = recorded_bundle("qwen3_from_qwen2") / "graphs" / "receiver.onnx"
+    done = subprocess.run(
+        [sys.executable, "-c", ON_ONE_PROCESSOR, str(graph)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert set(done.stdout.split()) == {"True"}
+
+
+@pytest.mark.parametrize("num_threads", [0, -1, 999_999])
+def test_more_threads_than_processors_are_refused(num_threads: int):
+    with pytest.raises(UsageError, match=rf"--threads is {num_threads}, expected 1 to \d+, the processors"):
+        cores.check_threads("--threads", num_threads)
+    cores.check_threads("--threads", 1)
