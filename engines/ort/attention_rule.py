@@ -20,8 +20,12 @@ from engines.constant_products import register_constant
 from engines.ort.layout_rules import HEADS_FIRST, merge_heads, split_heads
 
 DOMAIN = "com.microsoft"
+_PAST = "past_"
 _HIDDEN = -1e30
 """Added to a score that is masked. Not minus infinity, of which a row that sees nothing would become NaN."""
+
+
+_LAYOUT_OPERATORS = frozenset({"Expand", "Reshape", "Slice", "Squeeze", "Unsqueeze"})
 
 
 class RowsInUse:
@@ -62,14 +66,15 @@ class RowsInUse:
 
     def _shorten_masks(self, most: ir.Value) -> None:
         """Let every mask be made of the first T entries of what has one for each row of the caches."""
-        by_row = _by_row(self._graph)
+        computed, by_row = _made_of(self._graph)
         if not by_row:
             raise C2CError("the graph's masks do not number the caches' rows in the known way; export the bundle again")
         start, stop = self._ints(0), self._node("Reshape", [most, self._ints(1)])
         for value in by_row:
             short = self._node("Slice", [value, start, stop, self._ints(-1)])
+            # What else reads the value wants all rows.
             for use in list(value.uses()):
-                if use.node is not short.producer():
+                if use.node in computed:
                     use.node.replace_input_with(use.idx, short)
             short.dtype = value.dtype
 
@@ -104,12 +109,34 @@ class FuseAttention(RewriteRuleClassBase):
         attended = op.Attention(query, keys, values, mask, _allow_other_attributes=True, _outputs=["attended"])
         return attended, keys, values
 
-    def check(self, context: Any, attended: ir.Value, **_: ir.Value) -> MatchResult:
-        """Whether a match is one: the attention is scaled and masked, and nothing else."""
+    def check(
+        self,
+        context: Any,
+        attended: ir.Value,
+        keys: ir.Value,
+        values: ir.Value,
+        past_key: ir.Value,
+        past_value: ir.Value,
+        write_index: ir.Value,
+        **_: ir.Value,
+    ) -> MatchResult:
+        """Whether a match is one: the attention is scaled and masked, and nothing else, and the caches are the graph's.
+
+        The operator is told neither where to write, which follows from `RowsInUse`, nor which buffers: an output is
+        bound to the memory of the input of its name.
+        """
         result, node = MatchResult(), attended.producer()
         assert node is not None
         others = {name for name, attribute in node.attributes.items() if name != "scale" and attribute.value}
-        return result.fail(f"attention with {', '.join(sorted(others))}") if others else result
+        if others:
+            return result.fail(f"attention with {', '.join(sorted(others))}")
+        if not write_index.is_graph_input() or write_index.name != "write_index":
+            return result.fail(f"rows are written at {write_index.name}, expected the graph's input write_index")
+        for written, past in ((keys, past_key), (values, past_value)):
+            is_same = past.name == f"{_PAST}{written.name}"
+            if not (is_same and past.is_graph_input() and written.is_graph_output()):
+                return result.fail(f"{past.name} with its new rows is {written.name}, expected an output of its name")
+        return result
 
     def rewrite(
         self,
@@ -162,22 +189,40 @@ class FuseAttention(RewriteRuleClassBase):
         return op.Transpose(split_heads(op, result, num_heads, head_size), perm=HEADS_FIRST), keys, values
 
 
-def _by_row(graph: ir.Graph) -> list[ir.Value]:
-    """What the masks of all attentions are made of and has C entries: constants, and inputs, [...,C]."""
+def _made_of(graph: ir.Graph) -> tuple[set[ir.Node], list[ir.Value]]:
+    """The nodes that compute the masks of all attentions, and what those begin with that has C entries, [...,C].
+
+    Raises `C2CError` where that is neither the numbers of the rows nor the input `row_position_ids`.
+    """
     attentions = [node for node in graph if node.op_type == "Attention"]
-    caches = (node.inputs[1] for node in attentions)
-    capacity = next(int(cache.shape[2]) for cache in caches if cache is not None and cache.shape is not None)
-    found: dict[ir.Value, None] = {}
-    seen: set[ir.Value] = set()
+    capacities = {
+        cache.shape[2] for node in attentions if (cache := node.inputs[1]) is not None and cache.shape is not None
+    }
+    if len(capacities) != 1 or not isinstance(capacity := capacities.pop(), int):
+        raise C2CError("the graph's caches have no capacity in common; export the bundle again")
+    computed: set[ir.Node] = set()
+    by_row: dict[ir.Value, None] = {}
     pending = [node.inputs[3] for node in attentions]
     while pending:
         value = pending.pop()
-        if value is None or value in seen:
-            continue
-        seen.add(value)
-        producer = value.producer()
+        producer = None if value is None else value.producer()
         if producer is not None:
-            pending.extend(producer.inputs)
-        elif value.shape is not None and len(value.shape) and value.shape[-1] == capacity:
-            found[value] = None
-    return list(found)
+            if producer not in computed:
+                computed.add(producer)
+                # What follows says which shape the result has, or where it lies.
+                pending.extend(producer.inputs[:1] if producer.op_type in _LAYOUT_OPERATORS else producer.inputs)
+        elif value is not None and value.shape is not None and len(value.shape) and value.shape[-1] == capacity:
+            if not _numbers_rows(value, capacity):
+                raise C2CError(
+                    f"a mask reads {value.name}, expected the rows' numbers or row_position_ids; export the bundle "
+                    "again"
+                )
+            by_row[value] = None
+    return computed, list(by_row)
+
+
+def _numbers_rows(value: ir.Value, capacity: int) -> bool:
+    """Whether `value`, of `capacity` entries for each request, is 0 to C-1 or the positions of all rows."""
+    if value.const_value is None:
+        return value.is_graph_input() and value.name == "row_position_ids"
+    return np.array_equal(value.const_value.numpy().reshape(-1), np.arange(capacity))

@@ -19,6 +19,7 @@ from c2c_export.errors import C2CError
 from c2c_export.passes import RECEIVER_PASSES
 from c2c_export.passes.fuse_rms_norms import fuse_rms_norms
 from engines.base import View
+from engines.ort.attention_rule import RowsInUse
 from engines.ort.engine import CpuBuffer, OrtCpuEngine
 from engines.ort.layout_rules import RESHAPE_RULE
 from engines.ort.lower import lower_decoder
@@ -254,6 +255,88 @@ def test_attention_with_a_softcap_is_refused():
     attention.attributes["softcap"] = ir.AttrFloat32("softcap", 30.0)
     with pytest.raises(C2CError, match=r"layers.0.*: its attention has no form that ONNX Runtime's operator covers"):
         lower_decoder(model)
+
+
+def write_elsewhere(graph: ir.Graph) -> None:
+    """Let every cache update write at the input `last_token`, which has the shape and type of `write_index`."""
+    last_token = next(value for value in graph.inputs if value.name == "last_token")
+    for node in graph:
+        if node.op_type == "TensorScatter":
+            node.replace_input_with(2, last_token)
+
+
+def swap_caches(graph: ir.Graph) -> None:
+    """Let layer 0 write its keys over the values that came in, and the other way round."""
+    key, value = (node for node in list(graph) if node.op_type == "TensorScatter" and ".0" in str(node.outputs[0].name))
+    old = key.inputs[0]
+    key.replace_input_with(0, value.inputs[0])
+    value.replace_input_with(0, old)
+
+
+def hide_a_cache(graph: ir.Graph) -> None:
+    """Leave layer 0's keys out of the outputs."""
+    graph.outputs.pop(next(i for i, output in enumerate(graph.outputs) if output.name == "key.0"))
+
+
+def compute_a_past(graph: ir.Graph) -> None:
+    """Let layer 0 scatter its keys into a copy of the input."""
+    scatter = next(node for node in graph if node.op_type == "TensorScatter")
+    copy = ir.node("Abs", [scatter.inputs[0]])
+    past, made = scatter.inputs[0], copy.outputs[0]
+    assert past is not None
+    made.name, made.shape, made.dtype = "copied", past.shape, past.dtype
+    graph.insert_before(scatter, copy)
+    scatter.replace_input_with(0, made)
+
+
+@pytest.mark.parametrize("edit", [write_elsewhere, swap_caches, hide_a_cache, compute_a_past])
+def test_caches_that_are_not_written_where_the_operator_writes_are_refused(edit: Callable[[ir.Graph], None]):
+    model = ir.from_proto(traced_model("llama_untied_biased").passed)
+    edit(model.graph)
+    with pytest.raises(C2CError, match=r"layers\.0.*: its attention has no form that ONNX Runtime's"):
+        lower_decoder(model)
+
+
+def rows_of(graph: ir.Graph) -> ir.Value:
+    """The constant that numbers the rows of the caches."""
+    return next(
+        value
+        for value in graph.initializers.values()
+        if value.const_value is not None
+        and value.const_value.size == CAPACITY
+        and np.array_equal(value.const_value.numpy().reshape(-1), np.arange(CAPACITY))
+    )
+
+
+def test_only_masks_are_shortened():
+    model = ir.from_proto(traced_model("llama_untied_biased").passed)
+    ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    rows = rows_of(model.graph)
+    doubled = ir.node("Add", [rows, rows])
+    doubled.outputs[0].name, doubled.outputs[0].dtype, doubled.outputs[0].shape = "twice", rows.dtype, rows.shape
+    model.graph.append(doubled)
+    model.graph.outputs.append(doubled.outputs[0])
+    lower_decoder(model)
+    assert list(doubled.inputs) == [rows, rows]
+
+
+def test_masks_of_other_numbers_than_the_rows_are_refused():
+    model = ir.from_proto(traced_model("llama_untied_biased").passed)
+    ir.passes.common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    rows = rows_of(model.graph)
+    assert rows.const_value is not None
+    rows.const_value = ir.tensor(rows.const_value.numpy() + 1, name=rows.name)
+    with pytest.raises(C2CError, match=f"a mask reads {rows.name}, expected the rows' numbers or row_position_ids"):
+        lower_decoder(model)
+
+
+def test_caches_of_unknown_capacity_are_refused():
+    graph = ir.from_proto(traced_model("llama_untied_biased").passed).graph
+    for node in graph:
+        if node.op_type == "TensorScatter":
+            node.outputs[0].shape = None
+    with pytest.raises(C2CError, match="the graph's caches have no capacity in common"):
+        RowsInUse(graph)
 
 
 @pytest.mark.xdist_group("llama_from_gemma3_aligned")
