@@ -2,7 +2,9 @@
 
 A traced decoder chooses the last token behind the final norm, just before the LM head. Everything between the last
 layer's attention and there works on each token by itself, so it is computed of the chosen tokens only: the last layer's
-output projection and MLP. Exact, and the keys and values of all tokens are as they were.
+output projection and MLP. Exact, and the keys and values of all tokens are as they were. An operator that might mix
+tokens (a norm over more than the channels, a factor or summand that is not the same for all of them) stays where it
+is, and so does what lies above it.
 """
 
 import onnx_ir as ir
@@ -14,7 +16,6 @@ _ELEMENTWISE = frozenset(
     {"Abs", "Add", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu", "Max", "Min", "Mish"}
     | {"Mul", "Neg", "Pow", "Reciprocal", "Relu", "Sigmoid", "Softplus", "Sqrt", "Sub", "Swish", "Tanh"}
 )
-_BY_TOKEN = _ELEMENTWISE | {"MatMul", "RMSNormalization"}
 
 
 def select_last_token(model: ir.Model) -> int:
@@ -28,7 +29,7 @@ def select_last_token(model: ir.Model) -> int:
     chosen: dict[ir.Value, ir.Value] = {}
     for node in moved:
         for position, value in enumerate(node.inputs):
-            if value is None or value in results or not _has_tokens(value):
+            if value is None or value in results or not _has_tokens(value, choice):
                 continue
             if value not in chosen:
                 chosen[value] = _choose(graph, value, before=node)
@@ -48,18 +49,58 @@ def _read_only_by(graph: ir.Graph, choice: ir.Node) -> list[ir.Node]:
     found = {choice}
     in_order = []
     for node in reversed(graph):
-        if node in found or node.op_type not in _BY_TOKEN or node.outputs[0].is_graph_output():
+        if node in found or node.outputs[0].is_graph_output() or not _works_by_token(node, choice):
             continue
         readers = {use.node for use in node.outputs[0].uses()}
-        if readers and readers <= found and _has_tokens(node.outputs[0]):
+        if readers and readers <= found:
             found.add(node)
             in_order.append(node)
     return in_order[::-1]
 
 
-def _has_tokens(value: ir.Value) -> bool:
-    """Whether it is [B,S,…]: the traced graph calls its second dimension by one name everywhere."""
-    return value.shape is not None and len(value.shape) == 3 and not isinstance(value.shape[1], int)
+def _works_by_token(node: ir.Node, choice: ir.Node) -> bool:
+    """Whether each token's row of the result depends on the same row of the operands that have tokens, and on them."""
+    if not node.inputs or not _has_tokens(node.outputs[0], choice):
+        return False
+    first, *others = node.inputs
+    if node.op_type == "MatMul":
+        return _has_tokens(first, choice) and _is_constant(others[0]) and _rank(others[0]) == 2
+    if node.op_type == "RMSNormalization":
+        channels = node.attributes.get_int("axis", -1) in (-1, 2)
+        return channels and _has_tokens(first, choice) and all(_is_same_for_all(other) for other in others)
+    return node.op_type in _ELEMENTWISE and all(
+        value is None or _has_tokens(value, choice) or _is_same_for_all(value) for value in node.inputs
+    )
+
+
+def _has_tokens(value: ir.Value | None, choice: ir.Node) -> bool:
+    """Whether it is [B,S,W] with the batch and the tokens of what `choice` chooses from."""
+    hidden = choice.inputs[0]
+    assert hidden is not None
+    if value is None or value.shape is None or hidden.shape is None or len(value.shape) != 3:
+        return False
+    batch, tokens, width = value.shape
+    named = not isinstance(tokens, int) and tokens.value is not None
+    return named and isinstance(width, int) and (batch, tokens) == (hidden.shape[0], hidden.shape[1])
+
+
+def _is_same_for_all(value: ir.Value | None) -> bool:
+    """Whether it is left out, or a constant that has one row at most."""
+    if value is None:
+        return True
+    return _is_constant(value) and value.shape is not None and (len(value.shape) < 2 or value.shape[-2] == 1)
+
+
+def _is_constant(value: ir.Value | None) -> bool:
+    """Whether it is an initializer, or computed of initializers alone."""
+    if value is None:
+        return False
+    producer = value.producer()
+    return value.is_initializer() if producer is None else all(_is_constant(part) for part in producer.inputs)
+
+
+def _rank(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)
 
 
 def _of_one_token(value: ir.Value) -> ir.Shape:

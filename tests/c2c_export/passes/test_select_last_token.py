@@ -3,7 +3,9 @@
 from collections import Counter
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -14,8 +16,12 @@ from c2c_export.passes.select_last_token import select_last_token
 WIDTH, HIDDEN, VOCAB = 6, 10, 8
 
 
-def last_layers() -> ir.Model:
-    """keys = x k; h = x + x o; logits = norm(h + w2 gelu(w1 norm(h)))[last_token] head."""
+def last_layers(**replaced: onnx.NodeProto) -> ir.Model:
+    """keys = x k; h = x + x o; logits = norm(h + w2 gelu(w1 norm(h)))[last_token] head.
+
+    `replaced` are nodes in the place of those that give these values. `tokens` [S,W], `shared` [1,S,W] and `mixing`
+    [B,S,S] are inputs that have a row for every token, `row` [1,W] a constant that has one.
+    """
     nodes = [
         helper.make_node("MatMul", ["x", "k"], ["keys"]),
         helper.make_node("MatMul", ["x", "o"], ["attended"]),
@@ -31,6 +37,7 @@ def last_layers() -> ir.Model:
         helper.make_node("GatherElements", ["final", "index"], ["chosen"], axis=1),
         helper.make_node("MatMul", ["chosen", "head"], ["logits"]),
     ]
+    nodes = [replaced.get(node.output[0], node) for node in nodes]
     random = np.random.default_rng(0)
     shapes = {
         "k": (WIDTH, 4),
@@ -39,6 +46,7 @@ def last_layers() -> ir.Model:
         "w2": (HIDDEN, WIDTH),
         "head": (WIDTH, VOCAB),
         "scale": (WIDTH,),
+        "row": (1, WIDTH),
     }
     weights = {name: random.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     constants = {"axes": np.array([1, 2]), "shape": np.array([1, 1, WIDTH])}
@@ -48,6 +56,9 @@ def last_layers() -> ir.Model:
         [
             helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "S", WIDTH]),
             helper.make_tensor_value_info("last_token", TensorProto.INT64, ["B"]),
+            helper.make_tensor_value_info("tokens", TensorProto.FLOAT, ["S", WIDTH]),
+            helper.make_tensor_value_info("shared", TensorProto.FLOAT, [1, "S", WIDTH]),
+            helper.make_tensor_value_info("mixing", TensorProto.FLOAT, ["B", "S", "S"]),
         ],
         [
             helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", 1, VOCAB]),
@@ -66,6 +77,9 @@ def test_logits_and_keys_stay_what_they_were(batch: int, tokens: int, seed: int)
     feed = {
         "x": random.normal(size=(batch, tokens, WIDTH)).astype(np.float32),
         "last_token": random.integers(0, tokens, batch),
+        "tokens": random.normal(size=(tokens, WIDTH)).astype(np.float32),
+        "shared": random.normal(size=(1, tokens, WIDTH)).astype(np.float32),
+        "mixing": random.normal(size=(batch, tokens, tokens)).astype(np.float32),
     }
     moved = last_layers()
     select_last_token(moved)
@@ -91,6 +105,36 @@ def test_what_another_output_reads_stays_computed_of_all_tokens():
     model.graph.outputs.append(normed)
     # The final norm, its sum, and the MLP; not the norm that is read, nor what lies above it.
     assert select_last_token(model) == 5
+
+
+MIXING = {
+    "a norm over the tokens too": helper.make_node("RMSNormalization", ["sum", "scale"], ["final"], axis=1),
+    "a norm whose weight has tokens": helper.make_node("RMSNormalization", ["sum", "tokens"], ["final"], axis=-1),
+    "a summand by token": helper.make_node("Add", ["sum", "tokens"], ["final"]),
+    "a summand of every request": helper.make_node("Add", ["shared", "sum"], ["final"]),
+    "a product with tokens": helper.make_node("MatMul", ["mixing", "sum"], ["final"]),
+}
+
+
+@pytest.mark.parametrize("case", MIXING)
+def test_what_may_mix_tokens_stays_computed_of_all(case: str):
+    model = last_layers(final=MIXING[case])
+    before = [str(node) for node in model.graph]
+    assert select_last_token(model) == 0
+    assert [str(node) for node in model.graph] == before
+
+
+@pytest.mark.parametrize(
+    "final",
+    [
+        helper.make_node("Add", ["sum", "row"], ["final"]),
+        helper.make_node("Mul", ["scale", "sum"], ["final"]),
+        helper.make_node("RMSNormalization", ["sum", "scale"], ["final"], axis=2),
+    ],
+    ids=["a row", "a scale", "a positive axis"],
+)
+def test_what_is_the_same_for_all_tokens_moves_with_them(final: onnx.NodeProto):
+    assert select_last_token(last_layers(final=final)) == 8
 
 
 def test_a_graph_without_logits_is_left_alone():
