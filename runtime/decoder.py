@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from c2c_export.errors import C2CError
 from engines.base import Binding, Buffer, Device, Engine, View
 from runtime.cache import KVCachePool, allocate_slots
 
@@ -19,9 +20,13 @@ class Decoder:
     number of slots that `run_step` served. Not thread-safe.
     """
 
-    def __init__(self, engine: Engine, num_slots: int, max_length: int) -> None:
-        """Allocate everything. Raises `C2CError` when slots would not be aligned, or memory does not suffice."""
+    def __init__(self, engine: Engine, num_slots: int, max_length: int, vocab_size: int | None = None) -> None:
+        """Allocate everything. Raises `C2CError` when slots would not be aligned, or memory does not suffice.
+
+        `vocab_size` is the number of ids that the model embeds; None is the number of logits, where there are any.
+        """
         self._engine = engine
+        self._vocab_size = vocab_size
         self.pool = KVCachePool(engine, num_slots)
         self._steps: dict[int, Binding] = {}
         self._shared_steps: dict[int, Binding] = {}
@@ -47,6 +52,7 @@ class Decoder:
         for spec in engine.outputs:
             if spec.name == "logits":
                 self._logits = allocate((num_slots, int(spec.shape[2])), spec.dtype)
+                self._vocab_size = vocab_size or int(spec.shape[2])
 
     @property
     def capacity(self) -> int:
@@ -71,8 +77,10 @@ class Decoder:
 
         The last `num_hidden` tokens (closing padding) see the other rows, but no token sees them, nor do they see
         themselves; the next call writes over their rows. The last token's logits can be had from `logits`.
+        Raises `C2CError` naming an id that the model does not embed.
         """
         num_tokens = len(ids)
+        self._check_ids(ids)
         tokens: dict[str, Sequence[int] | Int64Array] = {"input_ids": ids, "position_ids": position_ids}
         for name, buffer in self._by_token.items():
             buffer.write(np.asarray(tokens[name], dtype=np.int64), slice(0, num_tokens))
@@ -97,11 +105,12 @@ class Decoder:
         """Queue one token for each of the slots 0 to n-1 in one run of the engine; n is the length of all three.
 
         Token i is written into row `write_indices[i]` of slot i, and sees that row and those before it. The tokens'
-        logits can be had from `step_logits`.
+        logits can be had from `step_logits`. Raises `C2CError` naming an id that the model does not embed.
         """
         num_slots = len(ids)
         if not 1 <= num_slots <= self.pool.num_slots:
             raise ValueError(f"a step for {num_slots} slots of a pool of {self.pool.num_slots}")
+        self._check_ids(ids)
         rows = np.asarray(write_indices, dtype=np.int64)
         by_name = {
             "input_ids": np.asarray(ids, dtype=np.int64),
@@ -118,6 +127,15 @@ class Decoder:
         if num_slots not in self._shared_steps:
             self._shared_steps[num_slots] = self._bind((), num_slots, 1, self.pool.first_in_place(num_slots))
         self._engine.run(self._shared_steps[num_slots])
+
+    def _check_ids(self, ids: Sequence[int] | Int64Array) -> None:
+        """An engine need not: looking up a row that an integer table does not have gives zeros."""
+        if self._vocab_size is None:
+            return
+        array = np.asarray(ids, dtype=np.int64)
+        outside = array[(array < 0) | (array >= self._vocab_size)]
+        if outside.size:
+            raise C2CError(f"token id {outside[0]}: expected ids from 0 to {self._vocab_size - 1}, those of the model")
 
     def _binding(self, slot: int, num_tokens: int) -> Binding:
         if num_tokens > 1:  # a prompt's length may never come again

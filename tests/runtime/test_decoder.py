@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from tiny_models import CAPACITY, VOCAB, traced_model
 
+from c2c_export.errors import C2CError
 from engines.ort.engine import OrtCpuEngine
 from engines.ort.lower import lower_decoder
 from runtime.decoder import Decoder
@@ -111,3 +112,21 @@ def test_a_step_for_other_slots_than_the_pools_is_refused(engine: OrtCpuEngine, 
     decoder, _ = prefilled(engine)
     with pytest.raises(ValueError, match=f"{served} slots of a pool of {NUM_SLOTS}"):
         decoder.run_step([0] * served, [0] * served, [0] * served)
+
+
+@pytest.mark.parametrize(("model", "lowered"), [("llama_llama3_rope", True)])
+@pytest.mark.parametrize("token", [-1, VOCAB, 2**40])
+def test_ids_that_the_model_does_not_embed_are_refused(engine: OrtCpuEngine, token: int):
+    decoder = Decoder(engine, NUM_SLOTS, CAPACITY)
+    with pytest.raises(C2CError, match=f"token id {token}: expected ids from 0 to {VOCAB - 1}"):
+        decoder.run(0, [3, token, 4], [0, 1, 2], 0)
+    with pytest.raises(C2CError, match=f"token id {token}: expected ids from 0 to {VOCAB - 1}"):
+        decoder.run_step([3, token], [0, 0], [0, 0])
+    decoder.run_step([0, VOCAB - 1], [0, 0], [0, 0])
+
+
+@pytest.mark.parametrize(("model", "lowered"), [("llama_llama3_rope", True)])
+def test_ids_of_a_model_without_logits_are_those_that_it_is_said_to_embed(engine: OrtCpuEngine):
+    decoder = Decoder(engine, NUM_SLOTS, CAPACITY, vocab_size=9)
+    with pytest.raises(C2CError, match="token id 9: expected ids from 0 to 8"):
+        decoder.run(0, [8, 9], [0, 1], 0)
