@@ -433,6 +433,10 @@ def bench(
             write_plot(report, plot)
         except OSError as error:
             problems.append(f"--plot {plot}: cannot be written: {error.strerror}")
+    if report.interrupted:
+        for problem in problems:
+            _console.print(escape(problem), soft_wrap=True)
+        raise typer.Exit(128 + signal.SIGINT)
     if problems:
         raise C2CError("\n".join(problems))
 

@@ -231,3 +231,5 @@ class BenchReport(Record):
     reference: ReferenceRecord | None = None
     problems: tuple[str, ...] = ()
     """Why parts that were asked for are missing: what failed after measuring had begun."""
+    interrupted: bool = False
+    """Whether the user ended the measuring; what came after that is missing."""

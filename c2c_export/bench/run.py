@@ -4,10 +4,9 @@ The order keeps measures apart: peak memory first, while nothing but the bundle 
 machine's own speed and the research code, in its own process, last.
 """
 
-import contextlib
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ import numpy as np
 import onnxruntime as ort
 
 from c2c_export import __version__
+from c2c_export.bench.attempts import Attempts
 from c2c_export.bench.batch import check_batches, measure_batches
 from c2c_export.bench.measure import MeasuredPrompt, measure_prompt
 from c2c_export.bench.memory import PeakMemory
@@ -40,7 +40,7 @@ from c2c_export.bench.text_to_text import (
     measure_text_to_text,
 )
 from c2c_export.bundle import Bundle
-from c2c_export.errors import C2CError, reason_of
+from c2c_export.errors import C2CError
 from c2c_export.progress import Step
 from engines.cores import physical_cores, usable_cores
 from engines.select import EngineChoice, wanted_engines
@@ -55,7 +55,8 @@ def run_bench(options: BenchOptions, step: Step) -> BenchReport:
     """Measure what `options` ask for.
 
     Raises `UsageError` for what cannot be measured, what opening the bundle raises, and `C2CError` where no prompt
-    could be measured. Whatever else fails is told in the report, so that it costs no measurements.
+    could be measured. Whatever else fails is told in the report, so that it costs no measurements; so is an interrupt,
+    which ends the measuring, once there is a prompt to report of.
     """
     check_options(options)
     bundle = Bundle.open(options.bundle)
@@ -65,8 +66,45 @@ def run_bench(options: BenchOptions, step: Step) -> BenchReport:
         check_sharer_bundle(options.text_to_text, bundle.manifest)
     sources = _find_sources(options, bundle, step)
     num_threads = options.threads or physical_cores()
-    load, random = OtherLoad(), np.random.default_rng(options.seed)
+    attempts, load, random = Attempts(), OtherLoad(), np.random.default_rng(options.seed)
 
+    choice, summary, measured = _measure_prompts(options, lengths, attempts, random, step)
+    if not measured and attempts.interrupted:
+        raise KeyboardInterrupt
+    if not measured:
+        raise C2CError("\n".join(attempts.problems))
+    records = [prompt.record for prompt in measured]
+    batches = _measure_batches(options, choice, lengths, summary.weight_bytes, attempts, random, step)
+    text_to_text = attempts.attempt("--text-to-text", lambda: _text_to_text(options, choice, step))
+    roofline = attempts.attempt("--roofline", lambda: _roofline(options, bundle, choice, records, num_threads, step))
+    reference = attempts.attempt(
+        "--reference", lambda: _reference(options, bundle, sources, measured, num_threads, step)
+    )
+    lookup_bytes = attempts.attempt("looked-up tables", lambda: _lookup_bytes(bundle, choice))
+    return BenchReport(
+        machine=_machine(num_threads, load),
+        bundle=summary.model_copy(update={"lookup_bytes": lookup_bytes}),
+        settings=Settings(
+            prompt_tokens=tuple(lengths),
+            batches=tuple(sorted(set(options.batches))),
+            new_tokens=options.new_tokens,
+            repeats=options.repeats,
+            seed=options.seed,
+        ),
+        prompts=tuple(records),
+        batches=tuple(sorted(batches, key=lambda record: (record.asked_tokens, record.batch))),
+        text_to_text=text_to_text,
+        roofline=roofline,
+        reference=reference,
+        problems=tuple(attempts.problems),
+        interrupted=attempts.interrupted,
+    )
+
+
+def _measure_prompts(
+    options: BenchOptions, lengths: Sequence[int], attempts: Attempts, random: np.random.Generator, step: Step
+) -> tuple[EngineChoice, BundleSummary, list[MeasuredPrompt]]:
+    """Open the bundle, check what only its engines tell, and measure a prompt of each length."""
     memory, started = PeakMemory(), time.perf_counter()
     with step("Loading the engines"):
         pipeline = _open(options, options.engine, options.precision, 1)
@@ -77,63 +115,49 @@ def run_bench(options: BenchOptions, step: Step) -> BenchReport:
         check_sharer_engine(options.text_to_text, choice)
         check_pair_capacity(pipeline, options.new_tokens)
     made: list[BenchPrompt] = [make_prompt(pipeline, length, random) for length in lengths]
-    problems: list[str] = []
     measured: list[MeasuredPrompt] = []
     for prompt in made:
         what = f"a prompt of {len(prompt.plan.receiver.ids)} tokens"
-        with _going_on(what, problems), step(f"Measuring {what}"):
-            measured.append(measure_prompt(pipeline, prompt, options.new_tokens, options.repeats, summary.weight_bytes))
-    if not measured:
-        raise C2CError("\n".join(problems))
-    del pipeline  # what follows opens its own, for as many requests as it has
-    batches: list[BatchRecord] = []
+
+        def measure(prompt: BenchPrompt = prompt, what: str = what) -> None:
+            with step(f"Measuring {what}"):
+                measured.append(
+                    measure_prompt(pipeline, prompt, options.new_tokens, options.repeats, summary.weight_bytes)
+                )
+
+        attempts.attempt(what, measure)
+    return choice, summary, measured
+
+
+def _measure_batches(
+    options: BenchOptions,
+    choice: EngineChoice,
+    lengths: Sequence[int],
+    weight_bytes: int,
+    attempts: Attempts,
+    random: np.random.Generator,
+    step: Step,
+) -> list[BatchRecord]:
+    """Measure every number of requests, in a pipeline of its own; what was measured before one failed stays."""
+    records: list[BatchRecord] = []
     for batch in sorted(set(options.batches)):
-        with _going_on(f"--batch {batch}", problems), step(f"Measuring steps of {batch} request(s)"):
-            batches += measure_batches(
-                lambda num_slots: _open(options, choice.target, choice.precision, num_slots),
-                batch,
-                lengths,
-                options.new_tokens,
-                options.repeats,
-                random,
-                summary.weight_bytes,
-            )
-    text_to_text = roofline = reference = None
-    with _going_on("--text-to-text", problems):
-        text_to_text = _text_to_text(options, choice, step)
-    with _going_on("--roofline", problems):
-        roofline = _roofline(options, bundle, choice, [prompt.record for prompt in measured], num_threads, step)
-    with _going_on("--reference", problems):
-        reference = _reference(options, bundle, sources, measured, num_threads, step)
-    return BenchReport(
-        machine=_machine(num_threads, load),
-        bundle=summary.model_copy(update={"lookup_bytes": _lookup_bytes(bundle, choice)}),
-        settings=Settings(
-            prompt_tokens=tuple(lengths),
-            batches=tuple(sorted(set(options.batches))),
-            new_tokens=options.new_tokens,
-            repeats=options.repeats,
-            seed=options.seed,
-        ),
-        prompts=tuple(prompt.record for prompt in measured),
-        batches=tuple(sorted(batches, key=lambda record: (record.asked_tokens, record.batch))),
-        text_to_text=text_to_text,
-        roofline=roofline,
-        reference=reference,
-        problems=tuple(problems),
-    )
 
+        def measure(batch: int = batch) -> None:
+            with step(f"Measuring steps of {batch} request(s)"):
+                records.extend(
+                    measure_batches(
+                        lambda num_slots: _open(options, choice.target, choice.precision, num_slots),
+                        batch,
+                        lengths,
+                        options.new_tokens,
+                        options.repeats,
+                        random,
+                        weight_bytes,
+                    )
+                )
 
-@contextlib.contextmanager
-def _going_on(what: str, problems: list[str]) -> Iterator[None]:
-    """Tell in `problems` what fails inside, whatever it is: measurements that took minutes are worth more."""
-    try:
-        yield
-    except C2CError as error:
-        problems.append(f"{what}: {error}")
-    except Exception as error:
-        name, reason = type(error).__name__, reason_of(error)
-        problems.append(f"{what}: {name}" if reason == name else f"{what}: {name}: {reason}")
+        attempts.attempt(f"--batch {batch}", measure)
+    return records
 
 
 def _open(options: BenchOptions, engine: str, precision: str | None, num_slots: int) -> C2CPipeline:

@@ -380,6 +380,7 @@ FAILING = {
     "the machine": (["--roofline"], "_roofline", MemoryError(), "--roofline: MemoryError"),
     "the research code": ([], "_reference", KeyError("runs"), "--reference: KeyError: 'runs'"),
     "text-to-text": ([], "_text_to_text", OSError("gone"), "--text-to-text: OSError: gone"),
+    "tables": ([], "_lookup_bytes", ValueError("no graph"), "looked-up tables: ValueError: no graph"),
 }
 
 
@@ -405,6 +406,54 @@ def test_a_part_that_fails_costs_no_measurements(
     assert [prompt.asked_tokens for prompt in report.prompts] == [8]
     assert f"{report.prompts[0].c2c.ttft:.3f}" in out
     assert report.problems == (message,)
+
+
+INTERRUPTED = {
+    "a prompt": (["--prompt-tokens", 9], "measure_prompt", "a prompt of 9 tokens: interrupted"),
+    "steps": (["--batch", 2], "measure_batches", "--batch 2: interrupted"),
+    "text-to-text": ([], "_text_to_text", "--text-to-text: interrupted"),
+    "the research code": ([], "_reference", "--reference: interrupted"),
+}
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+@pytest.mark.parametrize("part", INTERRUPTED)
+def test_an_interrupt_ends_the_measuring_and_costs_no_measurements(
+    run_bench: RunCli, recorded_bundle: BundleOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str
+):
+    options, function, message = INTERRUPTED[part]
+    measure = getattr(run, function)
+    tried: list[str] = []
+
+    def interrupt(*arguments: Any, **named: Any) -> Any:
+        if function == "measure_prompt" and arguments[1].asked_tokens == 8:
+            return measure(*arguments, **named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, function, interrupt)
+    if function != "_reference":
+        monkeypatch.setattr(run, "_reference", lambda *_: tried.append("later"))
+    small = ("--threads", 1, "--new-tokens", 3, "--repeats", 1, "--prompt-tokens", 8, "--json", tmp_path / "a.json")
+    code, out, err = run_bench(recorded_bundle(UNALIGNED), *small, *options)
+    assert code == 130
+    assert message in err
+    report = BenchReport.model_validate_json((tmp_path / "a.json").read_text())
+    assert report.interrupted
+    assert report.problems == (message,)
+    assert f"{report.prompts[0].c2c.ttft:.3f}" in out
+    assert tried == []
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_an_interrupt_before_anything_is_measured_is_one(
+    run_bench: RunCli, recorded_bundle: BundleOf, monkeypatch: pytest.MonkeyPatch
+):
+    def interrupt(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "measure_prompt", interrupt)
+    code, out, _ = run_bench(recorded_bundle(UNALIGNED), "--prompt-tokens", 8)
+    assert (code, out) == (130, "")
 
 
 @pytest.mark.xdist_group(UNALIGNED)
