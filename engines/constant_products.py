@@ -1,7 +1,7 @@
 """Find the matrix products of a graph whose right-hand matrix is constant: what quantisation replaces.
 
-In: a graph. Out: its `ConstantProduct`s. The matrix may be given as it is, through `Transpose` (an LM head that shares
-the embedding), or, in a graph lowered for ONNX Runtime, to `FusedMatMul` with `transB`.
+In: a graph. Out: its `ConstantProduct`s. The matrix may be given as it is, or through `Transpose` (an LM head that
+shares the embedding).
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,6 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from c2c_export.errors import C2CError
-
-_PRODUCTS = ("MatMul", "FusedMatMul", "MatMulNBits")
 
 
 @dataclass(frozen=True)
@@ -39,25 +37,25 @@ class ConstantProduct:
 def constant_products(graph: ir.Graph) -> Iterator[ConstantProduct]:
     """The products of `graph` with a constant matrix, in the order of its nodes, which may change meanwhile."""
     for node in list(graph):
-        transposed = node.op_type == "FusedMatMul" and _only_transposes_weight(node)
-        if node.op_type != "MatMul" and not transposed:
+        if node.op_type != "MatMul":
             continue
         weight = node.inputs[1]
         assert weight is not None
         producer = weight.producer()
-        if not transposed and producer is not None and producer.op_type == "Transpose":
-            transposed = True
+        transposed = producer is not None and _turns_matrix(producer)
+        if transposed:
+            assert producer is not None
             weight = producer.inputs[0]
             assert weight is not None
         if weight.const_value is not None and weight.is_initializer() and len(weight.const_value.shape) == 2:
             yield ConstantProduct(node, weight, transposed)
 
 
-def _only_transposes_weight(node: ir.Node) -> bool:
-    """Whether a FusedMatMul is x @ W^T, neither scaled nor transposed in another way."""
-    attributes = node.attributes
-    unused = all(attributes.get_int(name, 0) == 0 for name in ("transA", "transBatchA", "transBatchB"))
-    return unused and attributes.get_int("transB", 0) == 1 and attributes.get_float("alpha", 1.0) == 1.0
+def _turns_matrix(node: ir.Node) -> bool:
+    """Whether `node` exchanges the two dimensions of a matrix."""
+    return node.op_type == "Transpose" and (
+        "perm" not in node.attributes or list(node.attributes.get_ints("perm")) == [1, 0]
+    )
 
 
 def lm_head(graph: ir.Graph) -> ir.Node | None:
@@ -72,12 +70,17 @@ def lm_head(graph: ir.Graph) -> ir.Node | None:
         node = value.producer()
         if node is None:
             break
-        if node.op_type in _PRODUCTS:
+        if node.op_type == "MatMul":
             return node
         # A scale, in whichever place, is an initializer or comes from a node without inputs.
-        computed = [x for x in node.inputs if x is not None and (producer := x.producer()) and producer.inputs]
+        computed = [x for x in node.inputs if x is not None and not _is_given(x)]
         value = computed[0] if len(computed) == 1 else None
     raise C2CError("the graph's logits are not those of a product with the LM head; export the bundle again")
+
+
+def _is_given(value: ir.Value) -> bool:
+    producer = value.producer()
+    return value.is_initializer() if producer is None else not producer.inputs
 
 
 def constant_tensor(weight: ir.Value) -> ir.TensorProtocol:

@@ -11,7 +11,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from engines.precision import lower_precision
-from engines.quantize import float_weights, quantize_weights
+from engines.quantize import WeightPrecision, float_weights, quantize_weights
+
+_INTEGER_WEIGHTS: Mapping[str, WeightPrecision] = {"int8": "int8", "int4": "int4"}
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ def lower(path: Path, target: str, precision: str, *, is_fuser: bool) -> Lowered
     if target == "ort-cpu":
         return _lower_for_cpu(model, precision, is_fuser=is_fuser)
     quantized = kept = 0
-    if precision in ("int8", "int4"):
-        quantized = quantize_weights(model, "int8" if precision == "int8" else "int4")
+    if precision in _INTEGER_WEIGHTS:
+        quantized = quantize_weights(model, _INTEGER_WEIGHTS[precision])
         kept = len(float_weights(model))
         precision = "fp16"
     return LoweredGraph(model, quantized, kept, lower_precision(model, precision, is_fuser=is_fuser))
@@ -49,14 +51,16 @@ def lower(path: Path, target: str, precision: str, *, is_fuser: bool) -> Lowered
 
 def _lower_for_cpu(model: ir.Model, precision: str, *, is_fuser: bool) -> LoweredGraph:
     # Only this target needs onnxscript.
-    from engines.ort.lower import lower_decoder
+    from engines.ort.lower import check_fuser, lower_decoder
     from engines.ort.quantize import quantize_for_cpu
 
     # A fuser has neither attention nor heads to rotate.
+    if is_fuser:
+        check_fuser(model)
     rules = {} if is_fuser else lower_decoder(model)
     if precision == "fp32":
         return LoweredGraph(model, quantized_weights=0, float_weights=0, casts=0, rules=rules)
-    counts = quantize_for_cpu(model, "int8" if precision == "int8" else "int4")
+    counts = quantize_for_cpu(model, precision)
     rules |= {"add_offsets": counts.with_offsets, "quantize_embeddings": counts.embeddings}
     return LoweredGraph(model, counts.matrices, counts.kept_in_float, casts=0, rules=rules)
 

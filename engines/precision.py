@@ -44,8 +44,10 @@ def lower_precision(model: ir.Model, precision: str, *, is_fuser: bool) -> int:
 
     Weights are converted when they are read, so a model larger than the memory can be retyped and saved.
 
-    Raises `C2CError` naming a weight of which a value is not finite or does not fit into float16.
+    Raises `C2CError` naming a weight of which a value is not finite or does not fit into float16, or another precision.
     """
+    if precision not in DTYPES:
+        raise C2CError(f"precision {precision!r}: expected one of {', '.join(DTYPES)}")
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     # Nodes that a fusion rule wrote carry no types.
     common.ShapeInferencePass()(model)

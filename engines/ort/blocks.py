@@ -47,7 +47,7 @@ class Blocks:
     """[N,blocks], one per byte."""
     bits: Bits
     error: float
-    """The sum of the squared differences from the matrix, padding included."""
+    """The sum of the squared differences from the matrix, without padding."""
 
     def packed_values(self) -> ByteArray:
         """[N,blocks,32*bits/8]; of two values in a byte the first has the low bits."""
@@ -129,6 +129,9 @@ def _fit_all(weight: FloatMatrix, candidates: Callable[[FloatMatrix], Iterator[_
         scales[columns] = best.scales.reshape(-1, num_blocks)
         zero_points[columns] = best.zero_points.reshape(-1, num_blocks)
         error += float(best.errors.sum(dtype=np.float64))
+        # The padding errs like the last row, so often.
+        last = (values[columns, -1, -1] - zero_points[columns, -1]) * scales[columns, -1] - weight[-1, columns]
+        error -= (-num_rows % BLOCK_SIZE) * float(np.square(last).sum(dtype=np.float64))
     return _FittedMatrix(values, scales, zero_points, error)
 
 

@@ -5,6 +5,8 @@ applied. What a rule should have matched and did not is an error of the build, n
 after, see `engines.ort.quantize`.
 """
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript.rewriter import RewriteRule, RewriteRuleSet
@@ -18,6 +20,10 @@ _DOMAIN_VERSION = 1
 _ATTENTION = "GroupQueryAttention"
 _UNFUSED = {"ReduceMean": "its norm is no RMSNormalization", "Neg": "its rotation is no RotaryEmbedding"}
 """Operators that a decoder has only where a pass of the export did not match."""
+_UNFUSED_IN_FUSER = {
+    "ReduceMean": "its norm is no RMSNormalization",
+    "Greater": "its gate is computed, and was not folded",
+}
 _HEAD_SIZE_MULTIPLE = 8
 """Else `GroupQueryAttention` refuses to run, "head_size must be a multiple of 8"."""
 
@@ -52,6 +58,11 @@ def lower_decoder(model: ir.Model) -> dict[str, int]:
     return counts
 
 
+def check_fuser(model: ir.Model) -> None:
+    """Raise `C2CError`, naming the layer, for a norm or a gate that a pass of the export should have matched."""
+    _check_fused(model.graph, _UNFUSED_IN_FUSER)
+
+
 def _apply(model: ir.Model, *rules: RewriteRule) -> int:
     return RewriteRuleSet(list(rules)).apply_to_model(model)
 
@@ -68,9 +79,7 @@ def _check_export(graph: ir.Graph) -> None:
 
     That is a norm, a rotation, or the choice of the last token: what only the logits need must be computed of one.
     """
-    for node in graph:
-        if node.op_type in _UNFUSED:
-            raise C2CError(f"layer {model_layer(node)}: {_UNFUSED[node.op_type]}; export the bundle again")
+    _check_fused(graph, _UNFUSED)
     if all(output.name != "logits" for output in graph.outputs):
         return
     last = [node for node in graph if node.op_type == "Attention"][-1:]
@@ -84,6 +93,12 @@ def _check_export(graph: ir.Graph) -> None:
                     f"layer {model_layer(node)}: its product is computed of every token, not of the last; export the "
                     "bundle again"
                 )
+
+
+def _check_fused(graph: ir.Graph, unfused: Mapping[str, str]) -> None:
+    for node in graph:
+        if node.op_type in unfused:
+            raise C2CError(f"layer {model_layer(node)}: {unfused[node.op_type]}; export the bundle again")
 
 
 def _check(graph: ir.Graph) -> None:

@@ -5,7 +5,8 @@ but for
 
 - the constant right-hand matrix of each product, in blocks of 32 rows with a scale and a zero point
   (`engines.ort.blocks`): 8 bits in "int8", 4 bits in "int4", where the LM head still has 8;
-- embeddings, the tables of `Gather`: 8 bits in both precisions, in `GatherBlockQuantized`. One that is the LM head too
+- the embedding, the table that `Gather` looks the graph's `input_ids` up in: 8 bits in both precisions, in
+  `GatherBlockQuantized`. One that is the LM head too
   is stored once: the lookup reads the product's integers, block by block. (In memory ONNX Runtime packs the product's
   copy; of the stored one only the pages of rows that are looked up need to stay.)
 
@@ -28,7 +29,6 @@ matrices are in memory until the graph is saved; they are what the engine itself
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -64,12 +64,18 @@ class QuantizedForCpu:
     """Matrices of products that stay in float32, as they have too few rows."""
 
 
-def quantize_for_cpu(model: ir.Model, precision: Literal["int8", "int4"]) -> QuantizedForCpu:
-    """Quantise the weights of `model` in place.
+_BITS: Mapping[str, Bits] = {"int8": 8, "int4": 4}
 
-    Raises `C2CError` naming the model's layer of a weight that is not finite, or the node whose shapes are unknown.
+
+def quantize_for_cpu(model: ir.Model, precision: str) -> QuantizedForCpu:
+    """Quantise the weights of `model` in place, to "int8" or "int4".
+
+    Raises `C2CError` naming the model's layer of a weight that is not finite or too large, or the node whose shapes are
+    unknown, and for another precision.
     """
-    return _Quantizing(model, 8 if precision == "int8" else 4).run()
+    if precision not in _BITS:
+        raise C2CError(f"precision {precision!r}: expected one of {', '.join(_BITS)}")
+    return _Quantizing(model, _BITS[precision]).run()
 
 
 class _Quantizing:
@@ -122,7 +128,7 @@ class _Quantizing:
 
     def _quantized(self, product: ConstantProduct, bits: Bits) -> "_Weight":
         matrix = product.matrix()
-        check_range(matrix, ir.DataType.FLOAT, product.node)
+        _check_matrix(matrix, product.node)
         blocks, has_offsets = quantize(matrix, bits), False
         if bits == 4 and len(matrix) % BLOCK_SIZE == 0:
             whole, offsets = quantize_with_offsets(matrix)
@@ -158,7 +164,7 @@ class _Quantizing:
         assert table is not None
         if table not in self._tables:
             matrix = constant_tensor(table).numpy()
-            check_range(matrix, ir.DataType.FLOAT, node)
+            _check_matrix(matrix, node)
             self._tables[table] = self._table_of_head(table, matrix) or self._own_table(table, matrix)
         values, scales, zero_points = self._tables[table]
         inputs = [values, ids, scales, zero_points]
@@ -236,6 +242,17 @@ class _Weight:
     has_offsets: bool
 
 
+def _check_matrix(matrix: FloatMatrix, reader: ir.Node) -> None:
+    """Raise `C2CError` naming the model's layer unless the values are finite, and so is the scale of any block."""
+    check_range(matrix, ir.DataType.FLOAT, reader)
+    low, high = float(matrix.min(initial=0)), float(matrix.max(initial=0))
+    if high - low > np.finfo(np.float32).max:
+        raise C2CError(
+            f"layer {model_layer(reader)}: its weights go from {low:.3g} to {high:.3g}, which no scale in float32 "
+            "covers; build in fp32"
+        )
+
+
 def _known_shape(output: ir.Value, node: ir.Node) -> ir.Shape:
     """The shape of an output of `node`, at least its rank. Raises `C2CError` naming the node where there is none."""
     if output.shape is None:
@@ -247,8 +264,12 @@ def _known_shape(output: ir.Value, node: ir.Node) -> ir.Shape:
 
 
 def _reads_table(node: ir.Node) -> bool:
-    """Whether `node` looks up rows of a constant matrix of whole blocks."""
-    table = node.inputs[0] if node.op_type == "Gather" and node.domain == "" else None
+    """Whether `node` looks up the graph's token ids in a constant matrix that has at least a block of columns."""
+    if node.op_type != "Gather" or node.domain != "":
+        return False
+    table, ids = node.inputs
+    if ids is None or not ids.is_graph_input() or ids.name != "input_ids":
+        return False
     if table is None or not table.is_initializer() or table.dtype != ir.DataType.FLOAT:
         return False
     shape = constant_tensor(table).shape

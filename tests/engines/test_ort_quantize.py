@@ -4,7 +4,7 @@
 under test.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +17,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from c2c_export.bundle import read_manifest
 from c2c_export.errors import C2CError
+from engines.lowering import lower
 from engines.ort.blocks import quantize, quantize_with_offsets
+from engines.ort.engine import OrtCpuEngine
 from engines.ort.quantize import QuantizedForCpu, quantize_for_cpu
+from runtime.decoder import Decoder
 
 Precision = Literal["int8", "int4"]
 Array = np.ndarray[Any, Any]
 # Largest differences, as shares of the largest result: activations in float32, and rounded to 8 bits by block.
 EXACT, ROUNDED = 2e-6, 0.02
+
+DECODER_PAIRS = ("qwen3_from_qwen2", "llama_from_gemma3_aligned")
 
 both_precisions = pytest.mark.parametrize("precision", ["int8", "int4"])
 
@@ -54,11 +60,11 @@ def q8_0(num_rows: int, num_columns: int, largest: int = 127) -> Array:
 def make_graph(
     weights: dict[str, Array], nodes: list[onnx.NodeProto], width: int, outputs: list[str], rank: int = 3
 ) -> ir.Model:
-    """A graph from x [B,S,width] (or [S,width]) and ids [B,S] to `outputs`."""
+    """A graph from x [B,S,width] (or [S,width]) and input_ids [B,S] to `outputs`."""
     leading = ["B", "S"][3 - rank :]
     inputs = [
         helper.make_tensor_value_info("x", TensorProto.FLOAT, [*leading, width]),
-        helper.make_tensor_value_info("ids", TensorProto.INT64, ["B", "S"]),
+        helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "S"]),
     ]
     results = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
     initializers = [numpy_helper.from_array(array, name) for name, array in weights.items()]
@@ -77,8 +83,8 @@ def run(model: ir.Model, **inputs: Array) -> list[Array]:
     session = ort.InferenceSession(ir.to_proto(model).SerializeToString(), providers=["CPUExecutionProvider"])
     wanted = {value.name: inputs[value.name] for value in session.get_inputs() if value.name in inputs}
     unread = {value.name for value in session.get_inputs()} - set(wanted)
-    assert unread <= {"ids", "x"}
-    wanted |= {"ids": np.zeros((1, 1), np.int64)} if "ids" in unread else {}
+    assert unread <= {"input_ids", "x"}
+    wanted |= {"input_ids": np.zeros((1, 1), np.int64)} if "input_ids" in unread else {}
     wanted |= {"x": np.zeros((1, 1, session.get_inputs()[0].shape[-1]), np.float32)} if "x" in unread else {}
     results: list[Array] = session.run(None, wanted)
     return results
@@ -229,15 +235,13 @@ def test_constant_blocks_come_back(value: float):
 
 
 @both_precisions
-@pytest.mark.parametrize("fused", [False, True], ids=["Transpose", "FusedMatMul"])
-def test_head_that_is_the_embedding_has_8_bits_and_so_has_the_embedding(precision: Precision, fused: bool):
+def test_head_that_is_the_embedding_has_8_bits_and_so_has_the_embedding(precision: Precision):
     embedding = q8_0(96, 50).T.copy()
-    transposed = [
+    nodes = [
+        helper.make_node("Gather", ["embedding", "input_ids"], ["hidden"]),
         helper.make_node("Transpose", ["embedding"], ["head"], perm=[1, 0]),
         helper.make_node("MatMul", ["hidden", "head"], ["logits"]),
     ]
-    head = [helper.make_node("FusedMatMul", ["hidden", "embedding"], ["logits"], domain="com.microsoft", transB=1)]
-    nodes = [helper.make_node("Gather", ["embedding", "ids"], ["hidden"]), *(head if fused else transposed)]
     model = make_graph({"embedding": embedding}, nodes, 96, ["logits", "hidden"])
     assert quantize_for_cpu(model, precision) == QuantizedForCpu(1, 0, 1, 0)
     assert sorted(node.op_type for node in model.graph) == ["GatherBlockQuantized", "MatMulNBits", "Reshape"]
@@ -249,7 +253,7 @@ def test_head_that_is_the_embedding_has_8_bits_and_so_has_the_embedding(precisio
     assert stored < 1.5 * embedding.size
     np.testing.assert_allclose(multiplied_weight(products_of(model)[0]), embedding.T, rtol=1e-6, atol=0)
     ids = np.arange(50).reshape(5, 10)
-    logits, hidden = run(model, ids=ids)
+    logits, hidden = run(model, input_ids=ids)
     np.testing.assert_allclose(hidden, embedding[ids], rtol=1e-6, atol=0)
     assert_close(logits, embedding[ids] @ embedding.T, ROUNDED)
 
@@ -258,26 +262,44 @@ def test_head_that_is_the_embedding_has_8_bits_and_so_has_the_embedding(precisio
 def test_head_that_is_an_embedding_of_no_whole_blocks_has_a_table_of_its_own(precision: Precision):
     embedding = normal(50, 75)
     nodes = [
-        helper.make_node("Gather", ["embedding", "ids"], ["hidden"]),
+        helper.make_node("Gather", ["embedding", "input_ids"], ["hidden"]),
         helper.make_node("Transpose", ["embedding"], ["head"], perm=[1, 0]),
         helper.make_node("MatMul", ["hidden", "head"], ["logits"]),
     ]
     model = make_graph({"embedding": embedding}, nodes, 75, ["logits", "hidden"])
     assert quantize_for_cpu(model, precision) == QuantizedForCpu(1, 0, 1, 0)
     ids = np.array([[0, 19, 3]])
-    logits, hidden = run(model, ids=ids)
+    logits, hidden = run(model, input_ids=ids)
     np.testing.assert_allclose(hidden, embedding[ids], rtol=0, atol=np.abs(embedding).max() / 250)
     assert_close(logits, hidden @ multiplied_weight(products_of(model)[0]), ROUNDED)
 
 
 def test_embedding_whose_rows_are_no_whole_blocks():
     table = normal(20, 75)
-    model = make_graph({"table": table}, [helper.make_node("Gather", ["table", "ids"], ["y"])], 1, ["y"])
+    model = make_graph({"table": table}, [helper.make_node("Gather", ["table", "input_ids"], ["y"])], 1, ["y"])
     assert quantize_for_cpu(model, "int4") == QuantizedForCpu(0, 0, 1, 0)
     ids = np.array([[0, 19, 3]])
-    found = run(model, ids=ids)[0]
+    found = run(model, input_ids=ids)[0]
     assert found.shape == (1, 3, 75)
     np.testing.assert_allclose(found, table[ids], rtol=0, atol=np.abs(table).max() / 250)
+
+
+def test_a_table_that_something_else_is_looked_up_in_stays():
+    table = normal(20, 64)
+    nodes = [
+        helper.make_node("Abs", ["input_ids"], ["rows"]),
+        helper.make_node("Gather", ["table", "rows"], ["y"]),
+    ]
+    model = make_graph({"table": table}, nodes, 1, ["y"])
+    assert quantize_for_cpu(model, "int8") == QuantizedForCpu(0, 0, 0, 0)
+    ids = np.array([[0, 19]])
+    np.testing.assert_array_equal(run(model, input_ids=ids)[0], table[ids])
+
+
+@pytest.mark.parametrize("precision", ["fp16", "INT8", "int2", ""])
+def test_another_precision_is_refused(precision: str):
+    with pytest.raises(C2CError, match=f"precision '{precision}': expected one of int8, int4"):
+        quantize_for_cpu(product(normal(64, 8)), precision)
 
 
 @both_precisions
@@ -333,6 +355,25 @@ def test_weight_that_is_not_finite_is_refused_with_its_layer(precision: Precisio
         quantize_for_cpu(model, precision)
 
 
+@both_precisions
+def test_weights_further_apart_than_float32_reaches_are_refused_with_their_layer(precision: Precision):
+    weight = normal(64, 8)
+    weight[3, 5], weight[4, 5] = 3e38, -3e38
+    model = product(weight)
+    model.graph.node(0).metadata_props["pkg.torch.onnx.name_scopes"] = "['', 'model.layers.3.mlp', 'matmul']"
+    with pytest.raises(C2CError, match=r"layer layers\.3\.mlp: its weights go from -3e\+38 to 3e\+38"):
+        quantize_for_cpu(model, precision)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("num_rows", [1, 3, 32, 50])
+def test_the_error_is_that_of_the_matrix_without_its_padding(num_rows: int, bits: Literal[4, 8]):
+    weight = normal(num_rows, 9)
+    blocks = quantize(weight, bits)
+    difference = blocks.dequantized()[:num_rows].astype(np.float64) - weight
+    assert blocks.error == pytest.approx(np.square(difference).sum(), rel=1e-3, abs=1e-9)
+
+
 def test_product_of_unknown_rank_is_refused_by_name():
     model = product(q4_1(64, 8))
     node = model.graph.node(0)
@@ -359,3 +400,81 @@ def test_onnxruntime_loads_a_recorded_pair_without_float_matrices(
     path = tmp_path / f"{name}.onnx"
     ir.save(model, path, external_data=f"{name}.onnx.data")
     ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def table_of(lookup: ir.Node) -> Array:
+    """The table [V,D] of a `GatherBlockQuantized`, padding included."""
+    values, scales, zero_points = (constant(lookup, index) for index in (0, 2, 3))
+    blocks = np.pad(values.reshape(len(values), -1), ((0, 0), (0, -values[0].size % 32))).reshape(len(values), -1, 32)
+    steps = blocks.astype(np.float64) - zero_points.reshape(*blocks.shape[:2], 1)
+    return (steps * scales.reshape(*blocks.shape[:2], 1)).reshape(len(values), -1)
+
+
+def with_dequantised_weights(lowered: ir.Model, quantised: ir.Model) -> ir.Model:
+    """`lowered`, in float, with the weights that `quantised`, made of the same graph, has in integers."""
+    weights = {node.outputs[0].name: whole_weight(node) for node in products_of(quantised)}
+    for node in quantised.graph:
+        if node.op_type == "GatherBlockQuantized":
+            given = node.outputs[0]
+            reshaped = next((use.node for use in given.uses() if use.node.op_type == "Reshape"), None)
+            weights[given.name if reshaped is None else reshaped.outputs[0].name] = table_of(node)
+    replaced = set()
+    for node in lowered.graph:
+        name = node.outputs[0].name
+        if node.op_type in ("MatMul", "Gather") and name in weights:
+            index = 1 if node.op_type == "MatMul" else 0
+            old = node.inputs[index]
+            assert old is not None
+            width = node.outputs[0].shape[-1] if node.outputs[0].shape is not None else None
+            weight = weights[name][:, : int(width)] if isinstance(width, int) else weights[name]
+            value = ir.Value(name=f"{name}.weight", const_value=ir.tensor(weight.astype(np.float32), name=f"{name}.w"))
+            lowered.graph.register_initializer(value)
+            node.replace_input_with(index, value)
+            replaced.add(name)
+    assert replaced == set(weights)
+    return lowered
+
+
+def decoded(model: ir.Model, path: Path, vocab_size: int) -> Iterator[tuple[str, Array]]:
+    """Logits of three prompts of different lengths and of steps that serve their slots together, and all caches."""
+    ir.save(model, path, external_data=f"{path.name}.data")
+    lengths, num_steps, capacity = np.array([3, 19, 8]), 5, 256
+    decoder = Decoder(OrtCpuEngine(path, 1), len(lengths), capacity)
+    random = np.random.default_rng(0)
+    for slot, length in enumerate(lengths):
+        decoder.run(slot, random.integers(0, vocab_size, length), np.arange(length), 0)
+        yield f"prompt {slot}", decoder.logits()
+    for step in range(num_steps):
+        rows = lengths + step
+        decoder.run_step(random.integers(0, vocab_size, len(lengths)), rows + 2, rows)
+        yield f"step {step}", decoder.step_logits(len(lengths))
+    for name in (spec.name for spec in decoder._engine.outputs if spec.name != "logits"):
+        for slot, length in enumerate(lengths):
+            yield f"{name} of slot {slot}", decoder.pool.read_rows(name, slot, 0, int(length) + num_steps)
+
+
+@pytest.mark.parametrize(
+    "pair", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in DECODER_PAIRS], ids=DECODER_PAIRS
+)
+# Eight bits a layer add up, in models that are random more than in trained ones.
+@pytest.mark.parametrize(("level", "tolerance"), [(1, 1e-5), (4, 0.12)], ids=["float activations", "8-bit activations"])
+@both_precisions
+def test_a_quantised_decoder_computes_what_its_integers_stand_for(
+    precision: Precision,
+    level: int,
+    tolerance: float,
+    pair: str,
+    recorded_bundle: Callable[[str], Path],
+    tmp_path: Path,
+):
+    bundle = recorded_bundle(pair)
+    portable, vocab_size = bundle / "graphs" / "receiver.onnx", read_manifest(bundle).receiver.vocab_size
+    quantised, plain = (lower(portable, "ort-cpu", name, is_fuser=False).model for name in (precision, "fp32"))
+    expected = decoded(with_dequantised_weights(plain, quantised), tmp_path / "float.onnx", vocab_size)
+    for node in products_of(quantised):
+        assert node.attributes["accuracy_level"].as_int() == 4
+        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", level)
+    found = decoded(quantised, tmp_path / "integers.onnx", vocab_size)
+    for (name, wanted), (_, result) in zip(expected, found, strict=True):
+        error = relative_error(result, wanted)
+        assert error <= tolerance, f"{name}: {error:.3g}"
