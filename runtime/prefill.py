@@ -26,11 +26,12 @@ NO_TOKENS = ModelTokens(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
 
 @dataclass(frozen=True)
 class FusedRows:
-    """A fused section as rows [start, stop) of the receiver, and the positions [.., last_position] it ends at."""
+    """A fused section as rows [start, stop) of the receiver, and the position behind its last one."""
 
     start: int
     stop: int
     stop_position: int
+    """Exclusive: rows of sharers at this position and later are not read for the section."""
 
 
 @dataclass

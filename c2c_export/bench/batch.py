@@ -20,15 +20,19 @@ from runtime import C2CPipeline, Session
 
 
 def check_batches(pipeline: C2CPipeline, batches: Sequence[int], num_rows: int) -> None:
-    """Raise `UsageError` where the caches of so many requests of `num_rows` rows do not fit into memory."""
+    """Raise `UsageError` where the caches and logits of so many requests of `num_rows` rows do not fit into memory."""
     available = available_bytes()
     if not batches or available is None or pipeline.receiver.device.memory != "cpu":
         return
-    needed = max(batches) * num_rows * sum(row_bytes(decoder) for decoder in pipeline.decoders)
+    # Logits are twice in memory: the engine's own, and the copy that a step is chosen from.
+    logits = 2 * np.dtype(np.float32).itemsize * pipeline.bundle.manifest.receiver.vocab_size
+    request = num_rows * sum(row_bytes(decoder) for decoder in pipeline.decoders) + logits
+    needed, most = max(batches) * request, available // request
     if needed > available:
         raise UsageError(
-            f"--batch {max(batches)}: the caches of so many requests of {num_rows} tokens take {needed / 1e9:.1f} GB, "
-            f"and {available / 1e9:.1f} GB of memory are free; ask for at most {max(batches) * available // needed}"
+            f"--batch {max(batches)}: the caches and logits of so many requests of {num_rows} tokens take "
+            f"{needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB of memory are free; "
+            + (f"ask for at most {most}" if most else "ask for shorter prompts, or free memory")
         )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from c2c_export.bundle import GraphRecord
+from engines.base import storage_dtype
 
 _PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "MatMulNBits"})
 _LOOKUPS = frozenset({"Gather", "GatherBlockQuantized"})
@@ -86,14 +87,10 @@ def _weights(path: Path) -> Iterator[tuple[int, set[str]]]:
 def cache_row_bytes(graph: GraphRecord) -> int:
     """Bytes of one row of all caches of a decoder's graph, keys and values."""
     return sum(
-        int(spec.shape[1]) * int(spec.shape[3]) * _item_bytes(spec.dtype)
+        int(spec.shape[1]) * int(spec.shape[3]) * storage_dtype(spec.dtype).itemsize
         for spec in graph.inputs
         if spec.name.startswith("past_")
     )
-
-
-def _item_bytes(dtype: str) -> int:
-    return int(ir.DataType[dtype.upper().replace("FLOAT32", "FLOAT")].itemsize)
 
 
 def _weight_shape(value: ir.Value | None) -> tuple[int, int] | None:

@@ -18,11 +18,12 @@ import pytest
 from command_line import RunCli
 
 from c2c_export.bench import measure, run
+from c2c_export.bench.batch import check_batches
 from c2c_export.bench.prompts import make_prompt
 from c2c_export.bench.report import BenchReport, PhaseTimes
 from c2c_export.build import build
 from c2c_export.build_plan import BuildOptions
-from c2c_export.errors import C2CError
+from c2c_export.errors import C2CError, UsageError
 from runtime import C2CPipeline
 
 UNALIGNED, ALIGNED, TWO_SHARERS = "qwen3_from_qwen2", "qwen3_from_llama_aligned", "two_sharers_parallel"
@@ -309,13 +310,34 @@ def test_wrong_use_is_refused_in_a_line(run_bench: RunCli, recorded_bundle: Bund
 
 
 @pytest.mark.xdist_group(UNALIGNED)
+@pytest.mark.parametrize(
+    ("available", "advice"),
+    [(10 << 20, r"ask for at most [1-9]\d*$"), (10, "ask for shorter prompts, or free memory$")],
+)
 def test_more_requests_than_memory_holds_are_refused(
-    run_bench: RunCli, recorded_bundle: BundleOf, monkeypatch: pytest.MonkeyPatch
+    run_bench: RunCli, recorded_bundle: BundleOf, monkeypatch: pytest.MonkeyPatch, available: int, advice: str
 ):
-    monkeypatch.setattr("c2c_export.bench.batch.available_bytes", lambda: 10 << 20)
+    monkeypatch.setattr("c2c_export.bench.batch.available_bytes", lambda: available)
     code, out, err = run_bench(recorded_bundle(UNALIGNED), "--batch", 2, "--batch", 4096)
     assert (code, out) == (2, "")
-    assert re.search(r"--batch 4096: the caches of so many requests of 160 tokens take .* ask for at most \d+", err)
+    assert re.search(
+        r"--batch 4096: the caches and logits of so many requests of 160 tokens take .*" + advice, err, re.M
+    )
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_the_memory_of_requests_is_that_of_caches_and_logits(
+    recorded_pipeline: Callable[[str], C2CPipeline], monkeypatch: pytest.MonkeyPatch
+):
+    pipeline = recorded_pipeline(UNALIGNED)
+    manifest = pipeline.bundle.manifest
+    rows = sum(decoder.pool.slot_bytes // decoder.capacity for decoder in pipeline.decoders)
+    needed = 3 * (20 * rows + 8 * manifest.receiver.vocab_size)
+    monkeypatch.setattr("c2c_export.bench.batch.available_bytes", lambda: needed)
+    check_batches(pipeline, [3], 20)
+    monkeypatch.setattr("c2c_export.bench.batch.available_bytes", lambda: needed - 1)
+    with pytest.raises(UsageError, match="ask for at most 2"):
+        check_batches(pipeline, [3], 20)
 
 
 @pytest.mark.xdist_group(UNALIGNED)
