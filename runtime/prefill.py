@@ -21,6 +21,7 @@ from runtime.prompt import ModelTokens, Plan
 
 _Span = tuple[Event, Event]
 
+_FIRST_ROOM = 64
 NO_TOKENS = ModelTokens(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
 
 
@@ -41,12 +42,22 @@ class SlotState:
     receiver: ModelTokens = NO_TOKENS
     sharers: dict[int, ModelTokens] = field(default_factory=dict)
     fused: tuple[FusedRows, ...] = ()
+    _grown: ModelTokens = NO_TOKENS
+    """What `receiver` was made by the last `append`: the beginning of `_room`."""
+    _room: ModelTokens = NO_TOKENS
 
     def append(self, token_id: int, position_id: int) -> None:
-        """Record one more unfused receiver row, a generated token's."""
-        self.receiver = ModelTokens(
-            np.append(self.receiver.ids, token_id), np.append(self.receiver.position_ids, position_id)
-        )
+        """Record one more unfused receiver row, a generated token's; O(1), as room doubles where it ends.
+
+        Arrays that `receiver` had before stay as they are.
+        """
+        num_rows = len(self.receiver.ids)
+        if self.receiver is not self._grown or num_rows == len(self._room.ids):
+            padding = (0, max(num_rows, _FIRST_ROOM))
+            self._room = ModelTokens(np.pad(self.receiver.ids, padding), np.pad(self.receiver.position_ids, padding))
+        self._room.ids[num_rows], self._room.position_ids[num_rows] = token_id, position_id
+        stop = num_rows + 1
+        self._grown = self.receiver = ModelTokens(self._room.ids[:stop], self._room.position_ids[:stop])
 
 
 @dataclass(frozen=True)

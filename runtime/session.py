@@ -125,7 +125,7 @@ class Session:
         num_layers = self._pipeline.bundle.manifest.receiver.num_layers
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers:
             raise UsageError(f"layer {layer!r}: the receiver has layers 0 to {num_layers - 1}")
-        return self._pipeline.read_receiver(self._slot, layer, len(self.position_ids))
+        return self._pipeline.read_receiver(self._slot, layer, len(self._state.receiver.ids))
 
     def append(self, prompt: Prompt) -> None:
         """Add turns (or ids, to a session of ids) and prefill what they change; equal to a fresh run over everything.
@@ -223,7 +223,7 @@ class Session:
 
     def _check_limit(self, max_new_tokens: int | None) -> int:
         # The last generated token's row is only written when something follows it.
-        capacity, num_rows = self._pipeline.bundle.manifest.max_length, len(self.position_ids)
+        capacity, num_rows = self._pipeline.bundle.manifest.max_length, len(self._state.receiver.ids)
         room = capacity - num_rows + 1
         if self._reply_ids:
             room -= 1
@@ -297,7 +297,7 @@ class Session:
         return self._cut_reply + rest
 
     def _step(self, token_id: int) -> None:
-        row = len(self.position_ids)
+        row = len(self._state.receiver.ids)
         self._pipeline.receiver.run(self._slot, [token_id], [self._next_position], row)
         self._state.append(token_id, self._next_position)
         self._next_position += 1

@@ -240,3 +240,27 @@ def test_going_back_to_a_shorter_chat_is_exact(name: str, shorter: int, counted:
     counted.assert_holds(counted.plan(CHAT, (), ()))
     counted.run(plan)
     counted.assert_holds(plan)
+
+
+def test_generated_rows_are_recorded_without_copying_those_before_each_time():
+    prompt = ModelTokens(np.arange(100), 2 * np.arange(100))
+    state = SlotState(prompt)
+    arrays, kept = set(), []
+    for token in range(1000):
+        state.append(token, 200 + token)
+        arrays.add(id(state.receiver.ids.base))
+        kept.append(state.receiver)
+    assert len(arrays) <= 5  # 200, 400, 800, 1600 rows
+    np.testing.assert_array_equal(state.receiver.ids, [*range(100), *range(1000)])
+    np.testing.assert_array_equal(state.receiver.position_ids, [*range(0, 200, 2), *range(200, 1200)])
+    np.testing.assert_array_equal(kept[10].ids, [*range(100), *range(11)])
+    np.testing.assert_array_equal(prompt.ids, np.arange(100))
+
+
+def test_rows_after_another_prompt_do_not_write_over_those_kept_from_before():
+    state = SlotState(ModelTokens(np.arange(3), np.arange(3)))
+    state.append(7, 3)
+    before = state.receiver
+    state.receiver = ModelTokens(before.ids[:3], before.position_ids[:3])
+    state.append(9, 3)
+    assert (before.ids.tolist(), state.receiver.ids.tolist()) == ([0, 1, 2, 7], [0, 1, 2, 9])
