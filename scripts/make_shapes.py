@@ -75,7 +75,7 @@ def _sizes(shape: _Shape, num_layers: int | None) -> dict[str, Any]:
     return {
         "hidden_size": hidden,
         "intermediate_size": intermediate,
-        "num_hidden_layers": min(layers, num_layers or layers),
+        "num_hidden_layers": num_layers or layers,
         "num_attention_heads": heads,
         "num_key_value_heads": key_value_heads,
         "vocab_size": vocab,
@@ -165,6 +165,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.layers is not None and arguments.layers < 1:
         parser.error(f"--layers {arguments.layers}: expected at least 1")
+    receiver, sharer = arguments.pair.split("+")
+    most = min(RECEIVERS[receiver][2], SHARERS[sharer][2])
+    if arguments.layers is not None and arguments.layers > most:
+        parser.error(f"--layers {arguments.layers}: expected at most {most}, which both models have")
+    for name in ("receiver", "sharer", "fuser"):
+        if (arguments.folder / name).exists():
+            parser.error(f"{arguments.folder / name} is there already; name another folder, or remove it")
     folder, dtype = arguments.folder, getattr(torch, arguments.dtype)
     torch.manual_seed(arguments.seed)
     pair = configs(arguments.pair, arguments.layers)

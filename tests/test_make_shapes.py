@@ -52,6 +52,32 @@ def test_the_first_pair_has_the_published_number_of_parameters(make_shapes: Modu
     assert round(28 * sum(math.prod(shape) for shape in shapes.values()) / 1e6) == 478
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--layers", "25"], "--layers 25: expected at most 24, which both models have"),
+        (["--layers", "0"], "--layers 0: expected at least 1"),
+        ([], "sharer is there already; name another folder"),
+    ],
+)
+def test_wrong_use_is_refused_before_anything_is_written(
+    arguments: list[str],
+    message: str,
+    make_shapes: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    if not arguments:
+        (tmp_path / "sharer").mkdir()
+    monkeypatch.setattr(sys, "argv", ["make_shapes.py", FIRST, str(tmp_path), *arguments])
+    with pytest.raises(SystemExit) as raised:
+        make_shapes.main()
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "receiver").exists()
+
+
 def test_a_cut_pair_exports_and_runs(make_shapes: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setitem(make_shapes.RECEIVERS, "qwen3-0.6b", (64, 96, 28, 4, 2, 300, True))
     monkeypatch.setitem(make_shapes.SHARERS, "qwen2.5-0.5b", (48, 64, 24, 4, 2, 300, True))
