@@ -27,6 +27,8 @@ from runtime.prompt import ModelTokens, Plan
 _PADDING = 0
 """Any id: nothing attends to padding."""
 _MAX_REASON = 300
+_FIND_SECONDS = 3600.0
+"""For finding the models, downloads included."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ def find_sources(options: ReferenceOptions, manifest: Manifest) -> ReferenceSour
     """The models and fusers, downloaded or converted where need be; those not given are those of the manifest.
 
     That loads torch, so it is done in a process of its own. Raises `UsageError` when they are not there, or when the
-    bundle has no sharer, and `C2CError` when the process dies.
+    bundle has no sharer, and `C2CError` when the process dies or takes more than an hour.
     """
     if not manifest.sharers:
         raise UsageError("--reference: the bundle has no sharer, and the research code runs pairs")
@@ -57,6 +59,11 @@ def find_sources(options: ReferenceOptions, manifest: Manifest) -> ReferenceSour
     process.start()
     there.close()
     try:
+        if not here.poll(_FIND_SECONDS):
+            raise C2CError(
+                f"--reference: its models were not there after {_FIND_SECONDS / 60:.0f} minutes; download them before, "
+                "and name their folders with --receiver, --sharer and --fuser"
+            )
         found = here.recv()
     except EOFError:
         raise C2CError("--reference: the process that looks for its models died; is there enough memory?") from None

@@ -218,3 +218,88 @@ def test_the_research_code_gives_the_same_tokens(pair: str, recorded_pipeline: P
     assert min(run.steps) > 0
     # From the second token on the research code attends to an aligned prompt's padding, which it was not trained to.
     assert run.token_ids[:1] == ours[:1] if manifest.aligned else run.token_ids == ours
+
+
+WRAPPER = """
+import torch
+
+
+class RosettaModel(torch.nn.Module):
+    def __init__(self, model_list, base_model_idx, projector_list, multi_source_fusion_mode):
+        super().__init__()
+        assert (base_model_idx, multi_source_fusion_mode) == (0, "parallel")
+        self.models, self.projectors, self.links = model_list, projector_list, []
+
+    def set_projector_config(self, *link):
+        self.links.append(link)
+
+    def generate(self, kv_cache_index, input_ids, attention_mask, max_new_tokens, streamer, **options):
+        assert len(self.links) == len(self.projectors)
+        assert [part.shape[1] for part in kv_cache_index] == [6, 1]
+        for number in range(1, len(self.models)):
+            self.models[number].forward(input_ids=input_ids[number], attention_mask=attention_mask[number])
+        result = self.models[0].forward(input_ids=input_ids[0], attention_mask=attention_mask[0], use_cache=True)
+        streamer.put(input_ids[0])
+        for step in range(max_new_tokens):
+            if step:
+                # As the research code does: a mask of the step's column alone.
+                result = self.models[0].forward(
+                    input_ids=token[:, None], attention_mask=torch.ones(1, 1), past_key_values=result.past_key_values
+                )
+            token = result.logits[:, -1].argmax(dim=-1)
+            streamer.put(token)
+        streamer.end()
+"""
+PROJECTOR = """
+import torch
+
+
+def load_projector(path):
+    return torch.nn.Module()
+"""
+
+
+def test_the_process_times_what_a_checkout_computes_and_steps_see_all_rows(tmp_path: Path):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = tmp_path / "rosetta" / "model"
+    model.mkdir(parents=True)
+    (model / "wrapper.py").write_text(WRAPPER)
+    (model / "projector.py").write_text(PROJECTOR)
+    ids, folder = [5, 17, 200, 33, 60, 61, 7], GOLDEN / UNALIGNED
+    request = ReferenceRequest(
+        checkout=str(tmp_path),
+        receiver=str(folder / "receiver"),
+        sharers=[str(folder / "sharer")],
+        fusers=[str(folder / "fuser")],
+        fusion_mode="parallel",
+        threads=1,
+        new_tokens=4,
+        repeats=2,
+        prompts=[ReferencePrompt([ids, ids], [[1] * 7, [1] * 7], [(6, True), (1, False)])],
+    )
+    result = run_reference(request, None)
+    (run,) = result.runs
+    receiver = AutoModelForCausalLM.from_pretrained(folder / "receiver", dtype=torch.float32).eval()
+    expected = list(ids)
+    for _ in range(4):  # without a cache, so that there is no mask to be wrong
+        expected.append(int(receiver(input_ids=torch.tensor([expected])).logits[0, -1].argmax()))
+    assert run.token_ids == expected[len(ids) :]
+    assert len(run.steps) == 2 * 3
+    assert min(run.steps) > 0
+    for first, sharer, alone in zip(run.ttft, run.sharer_prefill, run.receiver_prefill, strict=True):
+        assert sharer > 0
+        assert alone > 0
+        assert sharer + alone <= first
+    assert result.peak_bytes > 0
+    assert result.versions["torch"] == torch.__version__
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+def test_models_that_are_not_found_in_time_are_an_error(
+    recorded_pipeline: PipelineOf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr("c2c_export.bench.reference._FIND_SECONDS", 0.0)
+    with pytest.raises(C2CError, match="--reference: its models were not there after 0 minutes"):
+        find_sources(ReferenceOptions(tmp_path), recorded_pipeline(UNALIGNED).bundle.manifest)
