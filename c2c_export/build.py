@@ -35,7 +35,7 @@ from c2c_export.errors import C2CError
 from c2c_export.progress import Step
 from c2c_export.staging import is_disk_full, partial_folder
 from engines.lowering import LoweredGraph, lower, save_lowered, weights_of
-from engines.targets import Target
+from engines.targets import Target, warn_of_slow_attention
 from engines.trt.build import BuildProgress, BuiltEngine, EngineOptions, build_engine
 
 
@@ -58,6 +58,9 @@ def build(options: BuildOptions, step: Step, progress: BuildProgress | None = No
     check_options(options)
     with step("Reading the bundle"):
         bundle = Bundle.open(options.bundle, replacing=options.engine_name)
+    manifest = bundle.manifest
+    models = [manifest.receiver, *(sharer.model for sharer in manifest.sharers)]
+    warn_of_slow_attention(options.target, [(model.source, model.head_dim) for model in models])
     return add_engine(bundle, options, step, progress)
 
 

@@ -20,7 +20,7 @@ from c2c_export.quiet import quiet_libraries
 from c2c_export.source_model import SourceModel, read_source_model
 from c2c_export.sources import resolve_fuser
 from c2c_export.staging import check_output, staged_bundle
-from engines.targets import target_of
+from engines.targets import target_of, warn_of_slow_attention
 
 _MIN_LENGTH = 16
 _DEFAULT_LENGTH = 2048
@@ -50,6 +50,7 @@ def export_pair(options: PairOptions, step: Step) -> Path:
     """Export the pair and return the bundle's folder.
 
     Raises `UsageError` for wrong options and `C2CError` for anything that the models, the fusers or the machine lack.
+    Issues a `SlowAttentionWarning` for a model that the CPU's engine is slow with.
     """
     _check_options(options)
     with quiet_libraries():
@@ -58,6 +59,8 @@ def export_pair(options: PairOptions, step: Step) -> Path:
         with staged_bundle(options.output, overwrite=options.overwrite) as folder:
             bundle = write_bundle(folder, plan, step)
             add_engine(bundle, BuildOptions(folder, *EMBEDDED_ENGINE), step)
+    models = [plan.receiver, *(sharer.model for sharer in plan.sharers)]
+    warn_of_slow_attention(EMBEDDED_ENGINE[0], [(model.source, model.shape.head_dim) for model in models])
     return options.output
 
 

@@ -5,12 +5,16 @@ found by building on a machine without a GPU, or are documented by NVIDIA where 
 never tried, so its numbers are those of TensorRT for RTX, which has the same parser and API.
 """
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from c2c_export.errors import UsageError
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
+
+FAST_HEAD_SIZE_MULTIPLE = 8
+"""Of ONNX Runtime's own attention on the CPU, "head_size must be a multiple of 8"."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Target:
     """The lowest compute capability with kernels of a precision, where that is not the target's lowest."""
     max_head_size: int
     max_capacity: int
+    prompt_memory: str = "the mask of a prompt that fills it takes capacity x capacity bytes"
+    """What limits `max_capacity`."""
     fused_attention: FusedAttention | None = None
     max_tensor_elements: int | None = None
     """Of a cache of all requests; None where nothing but memory limits it."""
@@ -90,8 +96,8 @@ class Target:
                 )
         if capacity > self.max_capacity:
             return (
-                f"capacity {capacity}: {self.name} takes up to {self.max_capacity} rows, as a prefill's mask takes "
-                "capacity x capacity bytes; export with a smaller --max-length"
+                f"capacity {capacity}: {self.name} takes up to {self.max_capacity} rows, as {self.prompt_memory}; "
+                "export with a smaller --max-length"
             )
         return self._capability_refusal(precision, tuple(compute_capabilities))
 
@@ -133,6 +139,22 @@ def capability_number(capability: str) -> int:
     return int(major) * 10 + int(minor)
 
 
+class SlowAttentionWarning(UserWarning):
+    """A model whose decoder `ort-cpu` runs at the cost of the whole capacity."""
+
+
+def warn_of_slow_attention(target: str, models: Iterable[tuple[str, int]]) -> None:
+    """Issue a `SlowAttentionWarning` for each of `models`, sources and head sizes, that `target` is slow with."""
+    for source, head_size in models:
+        if target == "ort-cpu" and head_size % FAST_HEAD_SIZE_MULTIPLE:
+            warnings.warn(
+                f"{source}: its head size of {head_size} is no multiple of {FAST_HEAD_SIZE_MULTIPLE}, so every token "
+                f"costs on {target} what a full cache costs; a smaller --max-length makes it faster",
+                SlowAttentionWarning,
+                stacklevel=2,
+            )
+
+
 def target_of(name: str) -> Target:
     """The target of this name. Raises `UsageError` naming those there are."""
     if name not in TARGETS:
@@ -171,7 +193,11 @@ TARGETS: dict[str, Target] = {
             needs_gpu_to_run=False,
             max_head_size=1024,
             max_capacity=131072,
+            prompt_memory="the mask of a prompt that fills it takes 4 x capacity x capacity bytes (69 GB there), and "
+            "12 in models with sliding windows",
             known_limits=(
+                "a prompt of n tokens takes 4 x n x n bytes for each of a model's masks, one or two, and 8 x n x n "
+                "more where layers have a sliding window",
                 "attention costs what the capacity costs, not what the length costs, for head sizes that are no "
                 "multiple of 8",
                 "one call takes one prompt, or one token each of several requests (else GroupQueryAttention refuses)",

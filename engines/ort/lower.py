@@ -15,6 +15,7 @@ from c2c_export.errors import C2CError
 from engines.model_layers import model_layer
 from engines.ort.attention_rule import DOMAIN, FuseAttention, RowsInUse
 from engines.ort.layout_rules import HEADS_FIRST, NORM_RULE, RESHAPE_RULE, ROTARY_RULE, TRANSPOSE_RULES
+from engines.targets import FAST_HEAD_SIZE_MULTIPLE
 
 _DOMAIN_VERSION = 1
 _ATTENTION = "GroupQueryAttention"
@@ -24,8 +25,6 @@ _UNFUSED_IN_FUSER = {
     "ReduceMean": "its norm is no RMSNormalization",
     "Greater": "its gate is computed, and was not folded",
 }
-_HEAD_SIZE_MULTIPLE = 8
-"""Else `GroupQueryAttention` refuses to run, "head_size must be a multiple of 8"."""
 
 
 def lower_decoder(model: ir.Model) -> dict[str, int]:
@@ -40,7 +39,7 @@ def lower_decoder(model: ir.Model) -> dict[str, int]:
     common.ShapeInferencePass()(model)
     _check_export(model.graph)
     attentions = [node for node in model.graph if node.op_type == "Attention"]
-    if any(_head_size(node) % _HEAD_SIZE_MULTIPLE for node in attentions):
+    if any(_head_size(node) % FAST_HEAD_SIZE_MULTIPLE for node in attentions):
         return {}
     counts = {"norm_before_transpose": _apply(model, NORM_RULE), "rotary_before_transpose": _apply(model, ROTARY_RULE)}
     if attentions:
