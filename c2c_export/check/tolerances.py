@@ -21,13 +21,13 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class _Row:
-    """Upper bounds of one measurement by precision, or lower ones."""
+    """Upper bounds of one measurement by precision, or lower ones; None where the number is only told."""
 
-    fp32: float
-    fp16: float
-    bf16: float
-    int8: float
-    int4: float
+    fp32: float | None
+    fp16: float | None
+    bf16: float | None
+    int8: float | None
+    int4: float | None
     reason: str
     is_lower_bound: bool = False
 
@@ -65,13 +65,31 @@ _TABLE: dict[tuple[LevelName, str], _Row] = {
         int4=3.0,
         reason="What the precision may cost in probability, in nats, at the worst prompt.",
     ),
-    ("generation", "unexplained gap"): _Row(
-        fp32=2e-3,
-        fp16=0.1,
-        bf16=0.6,
-        int8=0.8,
-        int4=6.0,
-        reason="Where the texts part, the engine's token may be as much behind as twice the logits' error explains.",
+    ("logits", "top-1 agreement"): _Row(
+        fp32=1.0,
+        fp16=None,
+        bf16=None,
+        int8=None,
+        int4=None,
+        reason="Float32 changes no choice but between equals; other precisions do where tokens are nearly as likely.",
+        is_lower_bound=True,
+    ),
+    ("logits", "top-5 agreement"): _Row(
+        fp32=1.0,
+        fp16=None,
+        bf16=None,
+        int8=None,
+        int4=None,
+        reason="As for the likeliest token.",
+        is_lower_bound=True,
+    ),
+    ("generation", "gap at the first difference"): _Row(
+        fp32=4e-3,
+        fp16=0.2,
+        bf16=1.2,
+        int8=1.6,
+        int4=12.0,
+        reason="Twice the logits' error: two logits that swap have each moved by that at most.",
     ),
 }
 
@@ -81,7 +99,9 @@ def tolerance(level: LevelName, measurement: str, precision: str) -> Tolerance:
     row = _TABLE.get((level, measurement))
     if row is None:
         return Tolerance(None, None, "only told")
-    bound = float(getattr(row, precision))
+    bound: float | None = getattr(row, precision)
+    if bound is None:
+        return Tolerance(None, None, row.reason)
     return Tolerance(None if row.is_lower_bound else bound, bound if row.is_lower_bound else None, row.reason)
 
 

@@ -53,8 +53,8 @@ class TrainedGeneration:
 
     token_ids: tuple[int, ...]
     """An ending stop token included."""
-    margins: tuple[float, ...]
-    """By how much each token's logit was above the second best."""
+    logits: tuple[Floats, ...]
+    """Those that each token was the best of: [V] each."""
 
 
 @dataclass(eq=False)
@@ -137,13 +137,12 @@ class TrainedAnswers:
     def _generate(self, prompt: TrainedPrompt, num_tokens: int, stop_ids: Collection[int]) -> TrainedGeneration:
         rows, logits = prompt.rows, prompt.logits
         token_ids: list[int] = []
-        margins: list[float] = []
+        all_logits: list[Floats] = []
         while True:
-            second, best = np.partition(logits, -2)[-2:]
             token_ids.append(int(np.argmax(logits)))
-            margins.append(float(best - second))
+            all_logits.append(logits)
             if len(token_ids) == num_tokens or token_ids[-1] in stop_ids:
-                return TrainedGeneration(tuple(token_ids), tuple(margins))
+                return TrainedGeneration(tuple(token_ids), tuple(all_logits))
             position = prompt.next_position + len(token_ids) - 1
             rows, logits = self.receiver.extend(rows, token_ids[-1:], [position])
 
