@@ -7,6 +7,7 @@ from c2c_export.errors import BundleError, C2CError, UsageError
 from runtime.messages import Message
 from runtime.pipeline import C2CPipeline
 from runtime.sampling import SamplingParams
+from runtime.score import Score
 from runtime.sections import UnfusedMessageWarning
 from runtime.session import Chunk, Generation, Session, Timings
 
@@ -18,6 +19,7 @@ __all__ = [
     "Generation",
     "Message",
     "SamplingParams",
+    "Score",
     "Session",
     "Timings",
     "UnfusedMessageWarning",

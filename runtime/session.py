@@ -15,6 +15,7 @@ from runtime.messages import Message, parse_messages
 from runtime.prefill import PrefillTimings, SlotState
 from runtime.prompt import Plan, parse_ids
 from runtime.sampling import Sampler, SamplingParams
+from runtime.score import Score, score_tokens
 
 if TYPE_CHECKING:
     from runtime.pipeline import C2CPipeline
@@ -184,6 +185,33 @@ class Session:
         self._current_stream = sampler
         return self._generate(limit, ignore_eos, detokenizer, sampler)
 
+    def score(self, continuation: str | Sequence[int]) -> Score:
+        """How likely `continuation` is next: after the prompt and what was generated since.
+
+        The session stays as it is: a later `generate`, `stream` or `append` does what it would have done. Text is
+        tokenised as it continues the prompt's text. n tokens take n - 1 decode steps (one more after a generation).
+        Raises `UsageError` when the continuation has no tokens, unknown ones, or too many for the capacity, and when
+        its beginning and the prompt's end would be one token.
+        """
+        self._check_open()
+        ids = self._continuation_ids(continuation)
+        first_row, pending = len(self.position_ids), self._reply_ids[-1:]
+        needed, capacity = first_row + len(pending) + len(ids) - 1, self._pipeline.bundle.manifest.max_length
+        if needed > capacity:
+            raise UsageError(
+                f"the session's {first_row} tokens and a continuation of {len(ids)} exceed the bundle's capacity of "
+                f"{capacity}; shorten one, or export with a larger --max-length"
+            )
+
+        def step(index: int, token_id: int) -> NDArray[np.float32]:
+            # Into rows that nobody sees, since the session does not count them; what comes next writes over them.
+            self._pipeline.receiver.run(self._slot, [token_id], [self._next_position + index], first_row + index)
+            return self._pipeline.receiver.logits()
+
+        if not pending:
+            return score_tokens(self._last_logits, ids, step)
+        return score_tokens(step(0, pending[0]), ids, lambda index, token_id: step(1 + index, token_id))
+
     def close(self) -> None:
         """Give the slot back. The session cannot be used afterwards; closing it again does nothing."""
         self._release()
@@ -216,6 +244,21 @@ class Session:
         self._next_position = self._plan.num_positions
         self._logits = self._last_logits = self._pipeline.receiver.logits()
         self._prefill_seconds = time.perf_counter() - started
+
+    def _continuation_ids(self, continuation: str | Sequence[int]) -> list[int]:
+        if isinstance(continuation, str):
+            conversation = self._conversation
+            return self._pipeline.continuation_ids(
+                conversation.messages, conversation.ids, self._reply_ids, continuation
+            )
+        ids: list[int] = parse_ids(continuation, "the continuation").tolist()
+        vocab_size = len(self._logits)
+        for index, token_id in enumerate(ids):
+            if not 0 <= token_id < vocab_size:
+                raise UsageError(
+                    f"token {index} of the continuation is {token_id}; expected ids from 0 to {vocab_size - 1}"
+                )
+        return ids
 
     def _check_open(self) -> None:
         if not self._release.alive:
