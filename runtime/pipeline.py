@@ -22,11 +22,12 @@ from engines.select import load_engine, new_device, open_engine, wanted_engines
 from runtime.decoder import Decoder
 from runtime.freed_memory import return_freed_memory
 from runtime.fuser import Fuser
+from runtime.generation import Chunk, Generation
 from runtime.messages import Message
 from runtime.prefill import Prefiller
 from runtime.prompt import Plan, PromptPlanner
 from runtime.score import Score
-from runtime.session import Chunk, Generation, Prompt, Session, is_ids
+from runtime.session import Prompt, Session, is_ids
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from c2c_export.errors import UsageError
 from runtime.detokenizer import Detokenizer
+from runtime.generation import Chunk, Generation, Timings
 from runtime.messages import Message, parse_messages
 from runtime.prefill import PrefillTimings, SlotState
 from runtime.prompt import Plan, parse_ids
@@ -21,46 +22,6 @@ if TYPE_CHECKING:
     from runtime.pipeline import C2CPipeline
 
 Prompt = str | Sequence[Mapping[str, Any] | Message] | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds of computing, without the time that a stream's reader takes.
-
-    The prefill belongs to the first generation after it: a further one on the same prompt has zeros there.
-    """
-
-    sharer_prefill: float
-    receiver_prefill: float
-    fuse: float
-    ttft: float
-    """Time to first token: planning, the three prefill phases, and choosing the token."""
-    decode: float
-    """All tokens after the first."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What one call generated."""
-
-    text: str
-    """Without special tokens, cut before a stop string."""
-    token_ids: list[int]
-    """All generated ids, an ending stop token included, as transformers' `generate` returns them."""
-    finish_reason: str
-    """"stop" (a stop token or stop string) or "length" (`max_new_tokens` or the capacity reached)."""
-    timings: Timings
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of a streamed generation. The concatenated texts of all chunks are the generation's text."""
-
-    text: str
-    token_ids: list[int]
-    """The ids generated since the last chunk."""
-    generation: Generation | None = None
-    """The whole generation, in the last chunk only."""
 
 
 @dataclass
@@ -185,6 +146,21 @@ class Session:
         self._current_stream = sampler
         return self._generate(limit, ignore_eos, detokenizer, sampler)
 
+    def begin_reply(self, reply: str | Sequence[int]) -> None:
+        """Let the answer begin with `reply` (or go on with it), as if it had been generated.
+
+        A later `generate` goes on from there, `score` scores what follows, and `append` counts it as the assistant's.
+        Text is tokenised, and errors are raised, as in `score`.
+        """
+        self._check_open()
+        ids = self._continuation_ids(reply)
+        self._check_room(len(ids))
+        self._current_stream = None
+        for token_id in ids:
+            if self._reply_ids:
+                self._step(self._reply_ids[-1])
+            self._add_to_reply(token_id, whole_text=None)
+
     def score(self, continuation: str | Sequence[int]) -> Score:
         """How likely `continuation` is next: after the prompt and what was generated since.
 
@@ -195,13 +171,8 @@ class Session:
         """
         self._check_open()
         ids = self._continuation_ids(continuation)
+        self._check_room(len(ids))
         first_row, pending = len(self.position_ids), self._reply_ids[-1:]
-        needed, capacity = first_row + len(pending) + len(ids) - 1, self._pipeline.bundle.manifest.max_length
-        if needed > capacity:
-            raise UsageError(
-                f"the session's {first_row} tokens and a continuation of {len(ids)} exceed the bundle's capacity of "
-                f"{capacity}; shorten one, or export with a larger --max-length"
-            )
 
         def step(index: int, token_id: int) -> NDArray[np.float32]:
             # Into rows that nobody sees, since the session does not count them; what comes next writes over them.
@@ -264,12 +235,22 @@ class Session:
         if not self._release.alive:
             raise UsageError("this session is closed; prefill a new one")
 
+    def _room(self) -> int:
+        # How many tokens may follow; the last one's row is only written when something follows it.
+        rows = len(self.position_ids) + bool(self._reply_ids)
+        return self._pipeline.bundle.manifest.max_length - rows + 1
+
+    def _check_room(self, num_tokens: int) -> None:
+        if num_tokens > self._room():
+            raise UsageError(
+                f"the session's {len(self.position_ids)} tokens and a continuation of {num_tokens} exceed the bundle's "
+                f"capacity of {self._pipeline.bundle.manifest.max_length}; shorten one, or export with a larger "
+                "--max-length"
+            )
+
     def _check_limit(self, max_new_tokens: int | None) -> int:
-        # The last generated token's row is only written when something follows it.
         capacity, num_rows = self._pipeline.bundle.manifest.max_length, len(self.position_ids)
-        room = capacity - num_rows + 1
-        if self._reply_ids:
-            room -= 1
+        room = self._room()
         if room < 1:
             raise UsageError(
                 f"the session's {num_rows} tokens fill the bundle's capacity of {capacity}; "
