@@ -26,6 +26,7 @@ from c2c_export.check.levels.caches import check_caches
 from c2c_export.check.levels.generation import check_generation
 from c2c_export.check.levels.logits import check_logits
 from c2c_export.check.levels.questions import check_questions
+from c2c_export.check.levels.weights import check_weights
 from c2c_export.check.options import CheckOptions
 from c2c_export.check.prompt_details import describe_prompt
 from c2c_export.check.prompts import BUILT_IN, Calibration, CalibrationPrompt, read_calibration
@@ -42,6 +43,7 @@ from engines.targets import target_of
 MANDATORY: frozenset[LevelName] = frozenset(LEVELS) - {"questions"}
 """What an engine must pass to be marked as passed."""
 _RUN: dict[LevelName, Level] = {
+    "weights": check_weights,
     "caches": check_caches,
     "logits": check_logits,
     "generation": check_generation,
