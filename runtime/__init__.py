@@ -4,11 +4,13 @@ Neither torch nor transformers is needed or imported.
 """
 
 from c2c_export.errors import BundleError, C2CError, UsageError
+from runtime.generation import Chunk, Generation, Timings
 from runtime.messages import Message
 from runtime.pipeline import C2CPipeline
 from runtime.sampling import SamplingParams
+from runtime.score import Score
 from runtime.sections import UnfusedMessageWarning
-from runtime.session import Chunk, Generation, Session, Timings
+from runtime.session import Session
 
 __all__ = [
     "BundleError",
@@ -18,6 +20,7 @@ __all__ = [
     "Generation",
     "Message",
     "SamplingParams",
+    "Score",
     "Session",
     "Timings",
     "UnfusedMessageWarning",

@@ -22,10 +22,12 @@ from engines.select import load_engine, new_device, open_engine, wanted_engines
 from runtime.decoder import Decoder
 from runtime.freed_memory import return_freed_memory
 from runtime.fuser import Fuser
+from runtime.generation import Chunk, Generation
 from runtime.messages import Message
 from runtime.prefill import Prefiller
 from runtime.prompt import Plan, PromptPlanner
-from runtime.session import Chunk, Generation, Prompt, Session, is_ids
+from runtime.score import Score
+from runtime.session import Prompt, Session, is_ids
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,22 @@ class C2CPipeline:
             raise
         return _stream_and_close(session, chunks)
 
+    def score(
+        self,
+        messages: str | Sequence[Any] | None = None,
+        *,
+        input_ids: Sequence[int] | None = None,
+        continuation: str | Sequence[int],
+        fuse: bool = True,
+        sharers: Sequence[int] | None = None,
+    ) -> Score:
+        """Prefill one prompt, `messages` or `input_ids`, and score what is said next, as `Session.score`.
+
+        Several continuations of one prompt are better scored by one session, which prefills it once.
+        """
+        with self.prefill(_one_prompt(messages, input_ids), fuse=fuse, sharers=sharers) as session:
+            return session.score(continuation)
+
     def release_slot(self, slot: int) -> None:
         """Make a session's slot free for another; sessions do it themselves."""
         self._free_slots.append(slot)
@@ -153,6 +171,12 @@ class C2CPipeline:
                 "shorten it, or export with a larger --max-length"
             )
         return plan
+
+    def continuation_ids(
+        self, messages: list[Message] | None, ids: Sequence[int], generated: Sequence[int], text: str
+    ) -> list[int]:
+        """As `PromptPlanner.continuation_ids`."""
+        return self._planner.continuation_ids(messages, ids, generated, text)
 
     @property
     def decoders(self) -> tuple[Decoder, ...]:

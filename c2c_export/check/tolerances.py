@@ -1,0 +1,111 @@
+"""How far each level may be off in each precision, and why: one table.
+
+In: a level, the name of one of its measurements, a precision. Out: a `Tolerance`. The numbers were measured on the
+recorded pairs and on the demo pair (docs/check.md has what was found), and have room for other models and processors.
+Not covered: what a measurement means, which its level says.
+"""
+
+from dataclasses import dataclass
+
+from c2c_export.check_record import LevelName, Measurement
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """One bound and its reason; without a bound the number is only told."""
+
+    at_most: float | None
+    at_least: float | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Upper bounds of one measurement by precision, or lower ones; None where the number is only told."""
+
+    fp32: float | None
+    fp16: float | None
+    bf16: float | None
+    int8: float | None
+    int4: float | None
+    reason: str
+    is_lower_bound: bool = False
+
+
+_TABLE: dict[tuple[LevelName, str], _Row] = {
+    ("caches", "row error"): _Row(
+        fp32=2e-3,
+        fp16=0.3,
+        bf16=1.5,
+        int8=2.0,
+        int4=6.0,
+        reason="The worst row of the worst head: rounding of all layers below, and of the fuser, that met.",
+    ),
+    ("caches", "relative error"): _Row(
+        fp32=2e-4,
+        fp16=0.02,
+        bf16=0.15,
+        int8=0.25,
+        int4=1.2,
+        reason="The root mean square of a whole cache, where single rows average out.",
+    ),
+    ("logits", "relative error"): _Row(
+        fp32=2e-3,
+        fp16=0.1,
+        bf16=0.6,
+        int8=0.8,
+        int4=6.0,
+        reason="The largest error of a logit by the spread of the logits.",
+    ),
+    ("logits", "KL divergence"): _Row(
+        fp32=1e-5,
+        fp16=1e-3,
+        bf16=0.1,
+        int8=0.1,
+        int4=3.0,
+        reason="What the precision may cost in probability, in nats, at the worst prompt.",
+    ),
+    ("logits", "top-1 agreement"): _Row(
+        fp32=1.0,
+        fp16=None,
+        bf16=None,
+        int8=None,
+        int4=None,
+        reason="Float32 changes no choice but between equals; other precisions do where tokens are nearly as likely.",
+        is_lower_bound=True,
+    ),
+    ("logits", "top-5 agreement"): _Row(
+        fp32=1.0,
+        fp16=None,
+        bf16=None,
+        int8=None,
+        int4=None,
+        reason="As for the likeliest token.",
+        is_lower_bound=True,
+    ),
+    ("generation", "gap at the first difference"): _Row(
+        fp32=4e-3,
+        fp16=0.2,
+        bf16=1.2,
+        int8=1.6,
+        int4=12.0,
+        reason="Twice the logits' error: two logits that swap have each moved by that at most.",
+    ),
+}
+
+
+def tolerance(level: LevelName, measurement: str, precision: str) -> Tolerance:
+    """The bound of a measurement. A measurement that has no row in the table is only told."""
+    row = _TABLE.get((level, measurement))
+    if row is None:
+        return Tolerance(None, None, "only told")
+    bound: float | None = getattr(row, precision)
+    if bound is None:
+        return Tolerance(None, None, row.reason)
+    return Tolerance(None if row.is_lower_bound else bound, bound if row.is_lower_bound else None, row.reason)
+
+
+def measured(level: LevelName, measurement: str, precision: str, value: float) -> Measurement:
+    """A measurement of `value` with its bound."""
+    bound = tolerance(level, measurement, precision)
+    return Measurement(name=measurement, value=value, at_most=bound.at_most, at_least=bound.at_least)
