@@ -43,9 +43,9 @@ def tolerance_text(measurement: Measurement) -> str:
 
 
 def _ratio(value: float, allowed: float) -> float:
-    if value == allowed:
-        return 1.0
     if value <= 0:
         return 0.0
+    if value == allowed:
+        return 1.0
     # Nothing is allowed, so that any value is infinitely too much.
     return value / allowed if allowed > 0 else math.inf

@@ -92,10 +92,13 @@ def first_with_equal_projectors(engines: Sequence[EngineReport], engine: EngineR
 
 
 def prompts_that_part(prompts: Sequence[PromptDetails], whether: bool) -> list[tuple[int, PromptDetails]]:
-    """The prompts whose answers differ, in tokens or in text, or those whose answers do not; each with its number."""
+    """The prompts whose answers differ, in tokens or in text, or those whose answers do not; each with its number.
+
+    Prompts are counted from 0, as in the messages of the levels.
+    """
     return [
         (number, prompt)
-        for number, prompt in enumerate(prompts, 1)
+        for number, prompt in enumerate(prompts)
         if whether == (prompt.common_prefix < prompt.num_generated or prompt.trained_text != prompt.engine_text)
     ]
 

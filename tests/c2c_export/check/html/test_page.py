@@ -211,7 +211,7 @@ def test_layers_without_heads_are_drawn_without_cells():
 def test_answers_that_part_are_shown_with_the_place_and_equal_ones_are_folded_away():
     page = page_of(make_report(prompts=3))
     assert page.texts_of("mark") == ["the Republic of Tatarstan, in Russia.", "Kazakhstan.\nIt lies on the Volga."]
-    assert "Prompt 2: 6 of 32 tokens are equal" in page.text
+    assert "Prompt 1: 6 of 32 tokens are equal" in page.text
     assert "3 equal answers" in page.text
     assert "2 equal answers" in page.text
 
