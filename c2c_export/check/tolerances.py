@@ -33,6 +33,30 @@ class _Row:
 
 
 _TABLE: dict[tuple[LevelName, str], _Row] = {
+    ("sources", "differences"): _Row(
+        fp32=0,
+        fp16=0,
+        bf16=0,
+        int8=0,
+        int4=0,
+        reason="A bundle is made of its sources without rounding, whatever its engines' precision.",
+    ),
+    ("weights", "wrong parameters"): _Row(
+        fp32=0,
+        fp16=0,
+        bf16=0,
+        int8=0,
+        int4=0,
+        reason="Each is compared within what its own format rounds away: c2c_export.check.graph.rounding derives it.",
+    ),
+    ("weights", "wrong constants and connections"): _Row(
+        fp32=0,
+        fp16=0,
+        bf16=0,
+        int8=0,
+        int4=0,
+        reason="They are kept in float32, or are no numbers at all.",
+    ),
     ("caches", "row error"): _Row(
         fp32=5e-4,
         fp16=0.2,
