@@ -23,7 +23,7 @@ from c2c_export.check.graph.masks import check_masks
 from c2c_export.check.graph.needed import decoder_parameters, fuser_parameters, receiver_caches, sharer_caches
 from c2c_export.check.graph.parameters import check_parameters
 from c2c_export.check.graph.shapes import check_shapes
-from c2c_export.check.graph.weights import GraphWeights, read_graph_weights
+from c2c_export.check.graph.weights import read_graph_weights
 from c2c_export.check.level import CheckContext, LevelResult
 from c2c_export.check.tolerances import measured
 from c2c_export.check_record import Divergence
