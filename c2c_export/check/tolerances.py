@@ -33,6 +33,46 @@ class _Row:
 
 
 _TABLE: dict[tuple[LevelName, str], _Row] = {
+    ("graphs", "caches"): _Row(
+        fp32=1e-4,
+        fp16=0.02,
+        bf16=0.15,
+        int8=1e-4,
+        int4=1e-4,
+        reason="TBD",
+    ),
+    ("graphs", "logits"): _Row(
+        fp32=1e-4,
+        fp16=0.02,
+        bf16=0.15,
+        int8=1e-4,
+        int4=1e-4,
+        reason="TBD",
+    ),
+    ("graphs", "caches, activations in 8 bits"): _Row(
+        fp32=0,
+        fp16=0,
+        bf16=0,
+        int8=0.5,
+        int4=0.5,
+        reason="TBD",
+    ),
+    ("graphs", "logits, activations in 8 bits"): _Row(
+        fp32=0,
+        fp16=0,
+        bf16=0,
+        int8=0.5,
+        int4=0.5,
+        reason="TBD",
+    ),
+    ("graphs", "corrections"): _Row(
+        fp32=1e-4,
+        fp16=0.02,
+        bf16=0.15,
+        int8=1e-4,
+        int4=1e-4,
+        reason="TBD",
+    ),
     ("caches", "row error"): _Row(
         fp32=2e-3,
         fp16=0.3,
