@@ -25,6 +25,7 @@ from c2c_export.check.html import write_html
 from c2c_export.check.level import CheckContext, Level, LevelResult
 from c2c_export.check.levels.caches import check_caches
 from c2c_export.check.levels.generation import check_generation
+from c2c_export.check.levels.graphs import check_graphs
 from c2c_export.check.levels.logits import check_logits
 from c2c_export.check.levels.questions import check_questions
 from c2c_export.check.levels.sources import check_sources
@@ -47,6 +48,7 @@ MANDATORY: frozenset[LevelName] = frozenset(LEVELS) - {"questions"}
 _RUN: dict[LevelName, Level] = {
     "sources": check_sources,
     "weights": check_weights,
+    "graphs": check_graphs,
     "caches": check_caches,
     "logits": check_logits,
     "generation": check_generation,
