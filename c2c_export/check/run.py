@@ -33,7 +33,7 @@ from c2c_export.check.levels.weights import check_weights
 from c2c_export.check.options import CheckOptions
 from c2c_export.check.prompt_details import describe_prompt
 from c2c_export.check.prompts import BUILT_IN, Calibration, CalibrationPrompt, read_calibration
-from c2c_export.check.questions import read_questions
+from c2c_export.check.questions import check_askable, read_questions
 from c2c_export.check.report import CheckReport, EngineReport, PromptDetails
 from c2c_export.check.selection import engines_to_check, keep_check
 from c2c_export.check.trained.pair import TrainedPair
@@ -64,8 +64,7 @@ def run_check(options: CheckOptions, step: Step) -> CheckReport:
     """
     levels = _levels_of(options)
     calibration = read_calibration(options.prompts)
-    if options.questions is not None:
-        read_questions(options.questions)  # before the models are loaded
+    questions = None if options.questions is None else read_questions(options.questions)
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     with quiet_libraries():
@@ -77,6 +76,8 @@ def run_check(options: CheckOptions, step: Step) -> CheckReport:
         reports = []
         for name, record in engines.items():
             context = _context(options, bundle, name, record, trained, calibration)
+            if questions is not None:
+                check_askable(questions, context.engine.pipeline)
             reports.append(_check_engine(context, levels, calibration.origin, step))
     manifest = bundle.manifest
     report = CheckReport(
