@@ -275,3 +275,7 @@ def test_the_file_is_replaced_whole(tmp_path: Path):
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(OSError, match="absent"):
         write_html(make_report(), tmp_path / "absent" / "report.html")
+
+
+def test_a_sharer_alone_is_asked_in_torch_only():
+    assert "sharer 0 56.2 % torch only 64" in page_of(make_report()).text
