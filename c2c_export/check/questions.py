@@ -1,8 +1,7 @@
 """Questions with choices: a JSON Lines file of the user's.
 
 One question a line: `{"question": "…", "choices": ["…", "…"], "answer": 1}`, the answer being the index of the right
-choice, from 0. Further fields are ignored. `check_askable` finds those that a bundle has no room or no tokens for. Not
-covered: how they are asked, see the level `questions`.
+choice, from 0. Further fields are ignored. Not covered: how they are asked, see the level `questions`.
 """
 
 from collections.abc import Sequence
@@ -12,7 +11,6 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
 from c2c_export.errors import UsageError, reason_of
-from runtime import C2CPipeline, Message
 
 
 class Question(BaseModel):
@@ -52,19 +50,3 @@ def read_questions(path: Path) -> Sequence[Question]:
     if not questions:
         raise UsageError(f"{path}: holds no questions; expected one JSON object a line")
     return questions
-
-
-def check_askable(questions: Sequence[Question], pipeline: C2CPipeline) -> None:
-    """Raise `UsageError`, naming the question, where the receiver's prompt and a choice exceed the bundle's capacity,
-    or where a choice has no tokens of its own."""
-    capacity = pipeline.bundle.manifest.max_length
-    for number, question in enumerate(questions):
-        try:
-            messages = [Message("user", question.question)]
-            prompt = pipeline.make_plan(messages, [], ())
-            for choice in question.choices:
-                length = len(prompt.receiver.ids) + len(pipeline.continuation_ids(messages, [], [], choice))
-                if length > capacity:
-                    raise UsageError(f"with {choice!r} it takes {length} tokens, this bundle's capacity is {capacity}")
-        except UsageError as error:
-            raise UsageError(f"--questions: question {number} ({question.question:.60}): {error}") from error

@@ -182,7 +182,10 @@ def test_a_level_that_cannot_be_run_has_failed_and_says_why(
         (["--sharer", "a", "--sharer", "b"], "2 --sharer given, expected 1"),
         (["--fuser", "a", "--fuser", "b"], "2 --fuser given, expected 1"),
         (["--prompts", "none.jsonl"], "none.jsonl: No such file or directory"),
-        (["--json", "no/such/folder/report.json"], "--json no/such/folder/report.json: no such folder"),
+        (
+            ["--json", "no/such/folder/report.json"],
+            "--json no/such/folder/report.json: expected the name of a file in a folder that exists",
+        ),
     ],
 )
 def test_a_wrong_use_exits_2_and_leaves_the_manifest(run_cli: RunCli, bundle: Path, arguments: list[str], message: str):
