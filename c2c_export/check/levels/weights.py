@@ -23,7 +23,7 @@ from c2c_export.check.graph.masks import check_masks
 from c2c_export.check.graph.needed import decoder_parameters, fuser_parameters, receiver_caches, sharer_caches
 from c2c_export.check.graph.parameters import check_parameters
 from c2c_export.check.graph.shapes import check_shapes
-from c2c_export.check.graph.weights import GraphWeights, read_graph_weights
+from c2c_export.check.graph.weights import read_graph_weights
 from c2c_export.check.level import CheckContext, LevelResult
 from c2c_export.check.tolerances import measured
 from c2c_export.check_record import Divergence
@@ -47,7 +47,7 @@ def check_weights(context: CheckContext) -> LevelResult:
     trained = _trained_graphs(context)
     others = [*_graph_differences(context, trained), *_changed_sources(context)]
     shown, num_parameters, num_wrong, num_others = list(others), 0, 0, len(others)
-    for name in context.record.graphs.keys() & trained.keys():
+    for name in [name for name in context.record.graphs if name in trained]:
         engine = _check_graph(context, name, context.engine.model(name), context.record.precision)
         portable = _check_portable(context, name)
         num_parameters += engine.num_parameters
