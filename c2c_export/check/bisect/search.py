@@ -25,7 +25,7 @@ from c2c_export.check.compare_graph import Compared, compare_graph
 from c2c_export.check.comparing import row_errors, rows_of
 from c2c_export.check.graph_cases import GraphCase, graph_cases
 from c2c_export.check.level import CheckContext
-from c2c_export.check.levels.graphs import graph_tolerances
+from c2c_export.check.levels.graphs import graph_tolerances, precision_of_activations
 from c2c_export.check.trained.fuser import TrainedFuser
 from c2c_export.check_record import Divergence
 
@@ -69,14 +69,14 @@ def bisect(context: CheckContext, divergence: Divergence) -> Divergence:
     if compared is None:
         found = "Bisect: the graph agrees when run in float32 on the CPU, so its rounding or its device is what is off."
     else:
-        tolerance = graph_tolerances(case.graph, context.record.precision).caches
+        tolerance = graph_tolerances(case.graph, precision_of_activations(context.record)).caches
         first = _first_off(context, case, model, compared, tolerance)
         found = str(first or "Bisect: every module's value agrees; what is off lies behind them.")
     return divergence.model_copy(update={"message": f"{divergence.message} {found}"})
 
 
 def _first_failing(context: CheckContext, case: GraphCase, model: ir.Model) -> Compared | None:
-    tolerances = graph_tolerances(case.graph, context.record.precision)
+    tolerances = graph_tolerances(case.graph, precision_of_activations(context.record))
     engine = load_changed(context, case.graph, model)
     outputs = {spec.name for spec in engine.outputs}
     if not outputs & case.allowed:
