@@ -4,6 +4,7 @@ Neither torch nor transformers is needed or imported.
 """
 
 from c2c_export.errors import BundleError, C2CError, UsageError
+from runtime.checked import FailedEngineError, UncheckedEngineWarning
 from runtime.generation import Chunk, Generation, Timings
 from runtime.messages import Message
 from runtime.pipeline import C2CPipeline
@@ -17,12 +18,14 @@ __all__ = [
     "C2CError",
     "C2CPipeline",
     "Chunk",
+    "FailedEngineError",
     "Generation",
     "Message",
     "SamplingParams",
     "Score",
     "Session",
     "Timings",
+    "UncheckedEngineWarning",
     "UnfusedMessageWarning",
     "UsageError",
 ]

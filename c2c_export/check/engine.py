@@ -49,7 +49,15 @@ class CheckedEngine:
     @cached_property
     def pipeline(self) -> C2CPipeline:
         """The whole engine, as users run it. Raises `C2CError` where this machine cannot run it."""
-        return C2CPipeline(self._bundle, self._record.target, self._record.precision, _NUM_SLOTS, self._num_threads)
+        return C2CPipeline(
+            self._bundle,
+            self._record.target,
+            self._record.precision,
+            _NUM_SLOTS,
+            self._num_threads,
+            allow_unchecked=True,
+            allow_failed=True,
+        )
 
     def plan(self, prompt: CalibrationPrompt) -> Plan:
         """What the models are to read. Raises `UsageError` where it does not fit, `C2CError` as `pipeline` does."""
