@@ -28,8 +28,11 @@ from c2c_export.check.level import CheckContext
 from c2c_export.check.levels.graphs import graph_tolerances, precision_of_activations
 from c2c_export.check.trained.fuser import TrainedFuser
 from c2c_export.check_record import Divergence
+from engines.model_layers import model_layer
 
 _HEADS_FIRST = (0, 2, 1, 3)
+_LAYOUT_OPERATORS = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Cast")
+"""They compute nothing: what is off comes from before them."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ class FirstOff:
     node: str
     op_type: str
     module: str
+    """Which the node was traced from."""
     what: str
-    """What the value is to the module: its output, its input, new rows of a cache."""
+    """What the value is: a module's output or input, or new rows of a cache."""
     error: float
     tolerance: float
     num_agreeing: int
@@ -49,8 +53,8 @@ class FirstOff:
     def __str__(self) -> str:
         """A sentence."""
         return (
-            f"Bisect: the first value that is off is that of node {self.node} ({self.op_type}), {self.what} "
-            f"{self.module}: by {self.error:.2g} of its size, tolerance {self.tolerance:.2g}; the {self.num_agreeing} "
+            f"Bisect: the first value that is off is that of node {self.node} ({self.op_type}, module {self.module}), "
+            f"{self.what}: by {self.error:.2g} of its size, tolerance {self.tolerance:.2g}; the {self.num_agreeing} "
             "before it agree."
         )
 
@@ -108,8 +112,9 @@ def _first_off(
         if error is None:
             continue
         if error > tolerance:
-            name = point.node.name or point.value.name
-            return FirstOff(name, point.node.op_type, point.module, _what(point), error, tolerance, num_agreeing)
+            node = _computing(point.node)
+            name = node.name or point.value.name
+            return FirstOff(name, node.op_type, model_layer(node), _what(point), error, tolerance, num_agreeing)
         num_agreeing += 1
     return None
 
@@ -173,7 +178,17 @@ def _pairs(
             yield half, np.sin(value)
 
 
+def _computing(node: ir.Node) -> ir.Node:
+    """What computes the value that `node` gives, which may only move it."""
+    while node.op_type in _LAYOUT_OPERATORS:
+        before = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if before is None:
+            break
+        node = before
+    return node
+
+
 def _what(point: Point) -> str:
     if point.cache is not None:
-        return f"new rows of {point.cache}, in"
-    return "what goes into" if point.is_input else "what comes out of"
+        return f"new rows of {point.cache}"
+    return f"what {'goes into' if point.is_input else 'comes out of'} {point.module}"

@@ -136,7 +136,7 @@ def describe(case: GraphCase, compared: Compared, output: str) -> Divergence:
     several = len(compared.feed.written) > 1
     where = f"slot {slot}" if output == LOGITS else f"{f'slot {slot}, ' if several else ''}row {row}"
     diagnosis = diagnose_fuser(diverged, case.trained) if case.is_fuser else diagnose_decoder(diverged, case.trained)
-    added = f"Calls without {compared.feed.adds} agree." if compared.feed.adds else ""
+    added = f"Calls before it agree; this one adds {compared.feed.adds}." if compared.feed.adds else ""
     sentences = [f"{compared.feed.name}: {where} is {error}.", diagnosis, added]
     message = " ".join(sentence for sentence in sentences if sentence)
     return _divergence(case.graph, output, message, None if output == LOGITS else head, row)
