@@ -447,6 +447,8 @@ def bench(
     engine: _EngineToRun = "ort-cpu",
     precision: _PrecisionToRun = None,
     threads: _Threads = None,
+    allow_unchecked: _AllowUnchecked = False,
+    allow_failed: _AllowFailed = False,
     prompt_tokens: Annotated[
         Optional[list[int]],  # noqa: UP045
         typer.Option(help="Length of a prompt; repeatable.  [default: those of 128, 256, 512 that fit the capacity]"),
@@ -520,6 +522,8 @@ def bench(
         plot=plot,
         roofline=roofline,
         text_to_text=text_to_text,
+        allow_unchecked=allow_unchecked,
+        allow_failed=allow_failed,
         reference=None
         if reference is None
         else ReferenceOptions(reference, reference_python, receiver, sharer or (), fuser or ()),

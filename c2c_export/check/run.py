@@ -21,11 +21,15 @@ from c2c_export import __version__
 from c2c_export.atomic_file import write_atomically
 from c2c_export.bundle import Bundle, EngineRecord
 from c2c_export.check.engine import CheckedEngine
+from c2c_export.check.html import write_html
 from c2c_export.check.level import CheckContext, Level, LevelResult
 from c2c_export.check.levels.caches import check_caches
 from c2c_export.check.levels.generation import check_generation
+from c2c_export.check.levels.graphs import check_graphs
 from c2c_export.check.levels.logits import check_logits
 from c2c_export.check.levels.questions import check_questions
+from c2c_export.check.levels.sources import check_sources
+from c2c_export.check.levels.weights import check_weights
 from c2c_export.check.options import CheckOptions
 from c2c_export.check.prompt_details import describe_prompt
 from c2c_export.check.prompts import BUILT_IN, Calibration, CalibrationPrompt, read_calibration
@@ -42,6 +46,9 @@ from engines.targets import target_of
 MANDATORY: frozenset[LevelName] = frozenset(LEVELS) - {"questions"}
 """What an engine must pass to be marked as passed."""
 _RUN: dict[LevelName, Level] = {
+    "sources": check_sources,
+    "weights": check_weights,
+    "graphs": check_graphs,
     "caches": check_caches,
     "logits": check_logits,
     "generation": check_generation,
@@ -87,6 +94,8 @@ def run_check(options: CheckOptions, step: Step) -> CheckReport:
             keep_check(bundle.root, engine.engine, engines[engine.engine], engine.check)
     if options.json_file is not None:
         write_atomically(options.json_file, (report.model_dump_json(indent=1) + "\n").encode())
+    if options.report is not None:
+        write_html(report, options.report)
     return report
 
 

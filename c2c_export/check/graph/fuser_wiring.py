@@ -13,6 +13,7 @@ import onnx_ir as ir
 from c2c_export.check.graph.modules import ProjectorSide, projector_side
 from c2c_export.check.graph.norms import epsilon_problem
 from c2c_export.check.graph.paths import PRODUCTS, ancestors
+from c2c_export.check.graph.weights import GraphWeights
 from c2c_export.check_record import Divergence, Kind
 from c2c_export.checkpoint import FuserCheckpoint, ProjectorLink
 from engines.model_layers import model_layer
@@ -59,8 +60,13 @@ def check_fuser_wiring(
     yield from _check_names(name, graph.graph, fuser, gates, separate_unfused=separate_unfused)
 
 
-def check_fuser_constants(name: str, graph: ir.Model, fuser: FuserCheckpoint) -> Iterator[Divergence]:
-    """Norm epsilons and activations that are not the reference's."""
+def check_fuser_constants(
+    name: str, graph: ir.Model, weights: GraphWeights, fuser: FuserCheckpoint
+) -> Iterator[Divergence]:
+    """Norm epsilons and activations that are not the reference's; and constants that are no weights: there are none."""
+    for other in weights.others:
+        what = f"input {other.index} of node {other.node.name} ({other.node.op_type}, {other.module})"
+        yield Divergence(graph=name, message=f"a constant that no parameter of the fuser explains: {what}")
     layers = {link.projector: link.receiver_layer for link in fuser.links}
     for node in graph.graph:
         problem = None

@@ -11,9 +11,11 @@ Not covered: whether the weights are the trained ones (level `weights`), and how
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
+from c2c_export.check.changed_graph import keep_activations_in_float, load_changed
 from c2c_export.check.compare_graph import Compared, compare_graph
 from c2c_export.check.comparing import LOGITS, Tolerances, layer_of
 from c2c_export.check.diagnosis.decoder import diagnose_decoder
@@ -36,19 +38,30 @@ def check_graphs(context: CheckContext) -> LevelResult:
         if wrong:
             divergences += wrong
             continue
-        found = _compare(context, case, engine)
+        model = context.engine.model(case.graph)
+        rounded = keep_activations_in_float(model)
+        if rounded:
+            exact = load_changed(context, case.graph, model)
+            found = _compare(case, exact, graph_tolerances(case.graph, context.record.precision), None)
+            measurements += found.measurements(case, ", activations in float32")
+            divergences += found.divergences
+            if found.divergences:
+                continue  # the engine as it is would show the same, less clearly
+        folder = context.options.save_results
+        save_to = None if folder is None else folder / context.name / case.graph
+        found = _compare(case, engine, graph_tolerances(case.graph, context.record.precision, rounded=rounded), save_to)
         measurements += found.measurements(case)
         divergences += found.divergences
     return LevelResult(measurements, divergences)
 
 
-def graph_tolerances(graph: str, precision: str) -> Tolerances:
-    """What this level tolerates of the graph's outputs."""
+def graph_tolerances(graph: str, precision: str, *, rounded: bool = False) -> Tolerances:
+    """What this level tolerates of the graph's outputs; `rounded` where its products round activations to 8 bits."""
     if graph.startswith("fuser"):
-        return Tolerances(_at_most("fuser corrections", precision))
-    if graph.startswith("sharer"):
-        return Tolerances(_at_most("sharer caches", precision))
-    return Tolerances(_at_most("receiver caches", precision), _at_most("receiver logits", precision))
+        return Tolerances(_at_most("corrections", precision))
+    suffix = ", activations in 8 bits" if rounded else ""
+    logits = 0.0 if graph.startswith("sharer") else _at_most(f"logits{suffix}", precision)
+    return Tolerances(_at_most(f"caches{suffix}", precision), logits)
 
 
 def wrong_interface(case: GraphCase, engine: Engine) -> Iterator[Divergence]:
@@ -76,21 +89,19 @@ class _Found:
     changed_rows: int = 0
     divergences: list[Divergence] = field(default_factory=list)
 
-    def measurements(self, case: GraphCase) -> Iterator[Measurement]:
-        what = f"{case.graph} corrections" if case.is_fuser else f"{case.graph} caches"
+    def measurements(self, case: GraphCase, suffix: str = "") -> Iterator[Measurement]:
+        caches = f"{case.graph} {'corrections' if case.is_fuser else 'caches'}{suffix}"
         if "caches" in self.worst:
-            yield Measurement(name=what, value=self.worst["caches"], at_most=self.tolerances.caches)
+            yield Measurement(name=caches, value=self.worst["caches"], at_most=self.tolerances.caches)
         if LOGITS in self.worst:
-            name = f"{case.graph} logits"
+            name = f"{case.graph} logits{suffix}"
             yield Measurement(name=name, value=self.worst[LOGITS], at_most=self.tolerances.logits)
-        yield Measurement(name=f"{case.graph} other rows changed", value=self.changed_rows, at_most=0)
+        yield Measurement(name=f"{case.graph} other rows changed{suffix}", value=self.changed_rows, at_most=0)
 
 
-def _compare(context: CheckContext, case: GraphCase, engine: Engine) -> _Found:
-    found = _Found(graph_tolerances(case.graph, context.record.precision))
-    folder = context.options.save_results
-    save_to = None if folder is None else folder / context.name / case.graph
-    for compared in compare_graph(case, engine, found.tolerances, save_to):
+def _compare(case: GraphCase, engine: Engine, tolerances: Tolerances, save_to: Path | None) -> _Found:
+    found = _Found(tolerances)
+    for compared in compare_graph(case, engine, tolerances, save_to):
         for name, result in compared.results.items():
             group = LOGITS if name == LOGITS else "caches"
             found.worst[group] = max(found.worst.get(group, 0.0), result.relative_error)

@@ -14,7 +14,7 @@ that are as good as equal, nearer than float32 rounding can tell apart, count as
 
 import numpy as np
 from numpy.typing import NDArray
-from polygraphy.comparator import Comparator, CompareFunc, IterationResult, RunResults
+from polygraphy.comparator import Comparator, IterationResult, RunResults, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
 from c2c_export.check.both_sides import prefill_both
@@ -95,7 +95,7 @@ def _errors(trained: list[Floats], engine: list[Floats]) -> tuple[list[float], l
     for name, side in ((_TRAINED, trained), (_ENGINE, engine)):
         results.append((name, [IterationResult({"logits": logits}, runner_name=name) for logits in side]))
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL):
-        compare = CompareFunc.simple(check_error_stat="max", rtol=0.0)
+        compare = SimpleCompareFunc(check_error_stat="max", rtol=0.0)
         (accuracy,) = Comparator.compare_accuracy(results, compare_func=compare)
     compared = [iteration["logits"] for iteration in accuracy[_TRAINED, _ENGINE]]
     return [result.max_absdiff for result in compared], [result.mean_absdiff for result in compared]

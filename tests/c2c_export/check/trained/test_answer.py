@@ -2,35 +2,18 @@
 
 import json
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 
 import numpy as np
+from checked_bundles import trained_pair
 from recorded_cases import CACHE_TOLERANCE, GOLDEN, LOGITS_TOLERANCE, Recorded, every_case
 
-from c2c_export.bundle import FusionMode, read_manifest
-from c2c_export.check.options import CheckOptions
-from c2c_export.check.trained.pair import TrainedPair
+from c2c_export.bundle import FusionMode
 from c2c_export.checkpoint import read_fuser
 from runtime import C2CPipeline
 from runtime.messages import parse_messages
 from runtime.prompt import Plan
 
 PipelineOf = Callable[[str], C2CPipeline]
-
-
-def sources_of(folder: Path) -> dict[str, object]:
-    """The options that name a recorded pair's models."""
-    return {
-        "receiver": str(folder / "receiver"),
-        "sharers": [str(path) for path in sorted(folder.glob("sharer*"))],
-        "fusers": [str(path) for path in sorted(folder.glob("fuser*"))],
-    }
-
-
-@cache
-def trained_pair(bundle: Path, name: str) -> TrainedPair:
-    return TrainedPair.load(read_manifest(bundle), CheckOptions(bundle, **sources_of(GOLDEN / name)))  # type: ignore[arg-type]
 
 
 def plan_and_mode(case: Recorded, pipe: C2CPipeline) -> tuple[Plan, FusionMode]:

@@ -1,0 +1,60 @@
+"""A bundle's alignment table, against one that is compiled anew, entry by entry.
+
+In: the table's file, and the tokenizers of both models as they were written anew. Out: a `Divergence` that names the
+first wrong token, or None.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from c2c_export.alignment import compile_alignment
+from c2c_export.bundle import AlignmentStrategy
+from c2c_export.check_record import Divergence
+from c2c_export.errors import BundleError
+from c2c_export.tokenizer import BundledTokenizer
+
+
+def check_alignment(
+    number: int,
+    file: Path,
+    receiver: BundledTokenizer,
+    sharer: BundledTokenizer,
+    *,
+    receiver_vocab: int,
+    strategy: AlignmentStrategy,
+) -> Divergence | None:
+    """Compare the table of sharer `number`; `receiver_vocab` is the receiver model's. `BundleError` if unreadable."""
+    try:
+        found: NDArray[np.generic] = np.load(file)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{file}: not a table of token ids ({error}); export the bundle again") from error
+    size = max(receiver_vocab, receiver.vocab_size)
+    expected = compile_alignment(receiver, sharer, receiver_vocab=size, strategy=strategy)
+    name = f"alignment/sharer{number}.npy"
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        message = f"{name} holds {found.dtype} {list(found.shape)}, expected {expected.dtype} {list(expected.shape)}"
+        return Divergence(message=message)
+    wrong = np.flatnonzero(found != expected)
+    if not len(wrong):
+        return None
+    first = int(wrong[0])
+    message = (
+        f"{name}: {len(wrong)} of {len(expected)} entries are wrong, the first is that of receiver token {first} "
+        f"({_token(receiver, first)}): it is {found[first]} ({_token(sharer, int(found[first]))}), expected "
+        f"{expected[first]} ({_token(sharer, int(expected[first]))}){_pattern(found, expected)}"
+    )
+    return Divergence(message=message)
+
+
+def _token(tokenizer: BundledTokenizer, token: int) -> str:
+    text = tokenizer.backend.id_to_token(token) if token >= 0 else None
+    return "no token" if text is None else repr(text)
+
+
+def _pattern(found: NDArray[np.generic], expected: NDArray[np.int32]) -> str:
+    for by in (1, -1):
+        if np.array_equal(found, np.roll(expected, by)):
+            return ": the whole table is shifted by one entry"
+    return ""
