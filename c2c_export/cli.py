@@ -37,8 +37,11 @@ _UNBOUNDED_WIDTH = 10_000
 """Columns; tables take what they need of it."""
 
 
-def main() -> None:
-    """The console script: run a command; an error is printed in one or two lines, without a traceback."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script: run a command; an error is printed in one or two lines, without a traceback.
+
+    `arguments` None are those of this process.
+    """
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -55,7 +58,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     try:
-        app()
+        app(arguments)
     except C2CError as error:
         _end_if(stopped)
         _fail(str(error), error.exit_code)

@@ -67,9 +67,10 @@ class C2CPipeline:
                 refuse_failed(bundle, record)
             return _load_engines(bundle, record, num_slots, num_threads)
 
-        receiver_tokenizer = BundledTokenizer.load(bundle.tokenizer_folder())
-        self.tokenizer: Tokenizer = receiver_tokenizer.backend
-        self._planner = _load_planner(bundle, receiver_tokenizer)
+        self.receiver_tokenizer = BundledTokenizer.load(bundle.tokenizer_folder())
+        """With its special tokens and the chat template."""
+        self.tokenizer: Tokenizer = self.receiver_tokenizer.backend
+        self._planner = _load_planner(bundle, self.receiver_tokenizer)
         return_freed_memory()  # before the engines take their own
         self.engine_choice, engines = open_engine(bundle, engine, precision, load)
         """The engine that runs, and why (`reason`)."""

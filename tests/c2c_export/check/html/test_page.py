@@ -278,7 +278,7 @@ def test_the_file_is_replaced_whole(tmp_path: Path):
 
 
 def test_a_sharer_alone_is_asked_in_torch_only():
-    assert "sharer 0 39.1 % asked in torch only: a bundle has no LM head of it 64" in page_of(make_report()).text
+    assert "sharer 0 56.2 % asked in torch only: a bundle has no LM head of it 64" in page_of(make_report()).text
 
 
 def test_a_pass_of_some_levels_is_not_shown_as_a_pass_of_all():
