@@ -8,9 +8,7 @@ folder for them is named; for ONNX Runtime they are the engine.
 """
 
 import contextlib
-import fcntl
 import importlib
-import os
 import re
 import shutil
 import time
@@ -30,6 +28,7 @@ from c2c_export.bundle import (
     read_manifest,
     write_manifest,
 )
+from c2c_export.bundle_lock import locked
 from c2c_export.cache import cache_folder
 from c2c_export.errors import C2CError
 from c2c_export.progress import Step
@@ -219,7 +218,7 @@ def _add_to_bundle(root: Path, name: str, record: EngineRecord, staging: Path) -
     folder = root / engine_prefix(name)
     hashes = {engine_prefix(name) + path: digest for path, digest in hash_folder(staging).items()}
     staging.chmod(0o755)
-    with _locked(root):
+    with locked(root):
         manifest = read_manifest(root)  # another build may have added its engine meanwhile
         others = manifest.without_engine(name)
         if name in manifest.engines:
@@ -229,14 +228,3 @@ def _add_to_bundle(root: Path, name: str, record: EngineRecord, staging: Path) -
         staging.rename(folder)
         added = {"engines": {**others.engines, name: record}, "files": {**others.files, **hashes}}
         write_manifest(root, others.model_copy(update=added))
-
-
-@contextlib.contextmanager
-def _locked(root: Path) -> Iterator[None]:
-    """Let no other build change the manifest meanwhile; the lock ends with the process, and leaves no file."""
-    descriptor = os.open(root, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

@@ -33,6 +33,7 @@ from c2c_export.checkpoint import FuserCheckpoint
 from c2c_export.errors import C2CError
 from c2c_export.models import load_weights
 from c2c_export.passes import FUSER_PASSES, RECEIVER_PASSES, Pass, apply_passes, sharer_passes
+from c2c_export.polygraphy_folder import write_polygraphy_folder
 from c2c_export.progress import Step
 from c2c_export.source_model import SourceModel
 from c2c_export.tokenizer import BundledTokenizer
@@ -94,8 +95,10 @@ def write_bundle(root: Path, plan: ExportPlan, step: Step) -> Bundle:
             receiver_graph=receiver_graph,
             sharers=tuple(records),
             engines={},
-            files=hash_folder(root),
+            files={},
         )
+        write_polygraphy_folder(root, manifest)
+        manifest = manifest.model_copy(update={"files": hash_folder(root)})
         write_manifest(root, manifest)
     return Bundle(root, manifest)
 

@@ -37,8 +37,11 @@ _UNBOUNDED_WIDTH = 10_000
 """Columns; tables take what they need of it."""
 
 
-def main() -> None:
-    """The console script: run a command; an error is printed in one or two lines, without a traceback."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script: run a command; an error is printed in one or two lines, without a traceback.
+
+    `arguments` None are those of this process; given, another program stands in front, and usage names ours.
+    """
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -55,7 +58,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     try:
-        app()
+        app(arguments, prog_name=None if arguments is None else "c2c-export")
     except C2CError as error:
         _end_if(stopped)
         _fail(str(error), error.exit_code)
@@ -97,6 +100,10 @@ _PrecisionToRun = Annotated[
     Optional[str],  # noqa: UP045 (Typer reads the annotation)
     typer.Option(help="The engine's precision, or auto.  [default: fp32 where the engine has it, else auto]"),
 ]
+_AllowUnchecked = Annotated[
+    bool, typer.Option("--allow-unchecked", help="Do not warn of an engine that was never checked.")
+]
+_AllowFailed = Annotated[bool, typer.Option("--allow-failed", help="Run an engine although its check failed.")]
 _Threads = Annotated[Optional[int], typer.Option(help="Threads per engine.  [default: physical cores]")]  # noqa: UP045
 
 
@@ -269,6 +276,99 @@ def doctor(
 
 
 @app.command()
+def check(
+    bundle: _Bundle,
+    receiver: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="The trained receiver, as given to pair.  [default: what the bundle was exported from]"),
+    ] = None,
+    sharer: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="A trained sharer; repeat for several.  [default: likewise]"),
+    ] = None,
+    fuser: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="The fuser of each sharer.  [default: likewise]"),
+    ] = None,
+    receiver_chat_template: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="The Jinja file that was given to pair, if it lies elsewhere now."),
+    ] = None,
+    sharer_chat_template: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="Likewise, one per sharer."),
+    ] = None,
+    engine: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Check this engine only, such as ort-cpu.  [default: every engine of the bundle]"),
+    ] = None,
+    precision: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Check this precision only.  [default: every one of the engine]"),
+    ] = None,
+    prompts: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A JSON Lines file of prompts, messages or input_ids.  [default: some that come with us]"),
+    ] = None,
+    level: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help="Run this level only; repeatable. A pass counts only when all levels ran.  [default: all]"),
+    ] = None,
+    questions: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="A JSON Lines file of questions with choices, to score receiver, sharers and C2C."),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate greedily for each prompt.")] = 32,
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="Name the node and the module where a graph first diverges.")
+    ] = False,
+    report: Annotated[Optional[Path], typer.Option(help="Write the report to this file, as HTML.")] = None,  # noqa: UP045
+    json_file: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", help="Write the report to this file, as JSON."),
+    ] = None,
+    save_results: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Save both sides' outputs of every graph in this folder, for polygraphy inspect data."),
+    ] = None,
+    threads: _Threads = None,
+) -> None:
+    """Check that a bundle's engines compute what the trained models compute, level by level.
+
+    The result is kept in the manifest: an engine that failed is not run any more unless that is allowed. Exits with 0
+    only if every engine that was asked for passed, with 1 if one failed.
+    """
+    _require("torch", "transformers", "polygraphy", extra="check")
+    from c2c_export.check.options import CheckOptions
+    from c2c_export.check.run import run_check
+    from c2c_export.check.show import print_report
+
+    options = CheckOptions(
+        bundle=bundle,
+        receiver=receiver,
+        sharers=sharer or (),
+        fusers=fuser or (),
+        receiver_chat_template=receiver_chat_template,
+        sharer_chat_templates=sharer_chat_template or (),
+        engine=engine,
+        precision=precision,
+        prompts=prompts,
+        **({} if level is None else {"levels": level}),  # type: ignore[arg-type]  # checked when it runs
+        questions=questions,
+        new_tokens=new_tokens,
+        bisect=bisect,
+        report=report,
+        json_file=json_file,
+        save_results=save_results,
+        num_threads=threads,
+    )
+    result = run_check(options, _step)
+    print_report(result, _output())
+    if not result.passed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def generate(
     bundle: _Bundle,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What the user says.")],
@@ -293,6 +393,8 @@ def generate(
     engine: _EngineToRun = "ort-cpu",
     precision: _PrecisionToRun = None,
     threads: _Threads = None,
+    allow_unchecked: _AllowUnchecked = False,
+    allow_failed: _AllowFailed = False,
     timings: Annotated[bool, typer.Option("--timings", help="Print timings to stderr.")] = False,
 ) -> None:
     """Answer a prompt, streaming the text."""
@@ -301,7 +403,15 @@ def generate(
     messages = [{"role": "user", "content": prompt}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    pipeline = C2CPipeline.from_bundle(bundle, engine, precision, num_slots=1, num_threads=threads)
+    pipeline = C2CPipeline.from_bundle(
+        bundle,
+        engine,
+        precision,
+        num_slots=1,
+        num_threads=threads,
+        allow_unchecked=allow_unchecked,
+        allow_failed=allow_failed,
+    )
     if "auto" in (engine, precision):
         _console.print(Text(f"engine: {pipeline.engine_choice.reason}"), soft_wrap=True)
     chunks = pipeline.stream(
@@ -340,6 +450,8 @@ def bench(
     engine: _EngineToRun = "ort-cpu",
     precision: _PrecisionToRun = None,
     threads: _Threads = None,
+    allow_unchecked: _AllowUnchecked = False,
+    allow_failed: _AllowFailed = False,
     prompt_tokens: Annotated[
         Optional[list[int]],  # noqa: UP045
         typer.Option(help="Length of a prompt; repeatable.  [default: those of 128, 256, 512 that fit the capacity]"),
@@ -413,6 +525,8 @@ def bench(
         plot=plot,
         roofline=roofline,
         text_to_text=text_to_text,
+        allow_unchecked=allow_unchecked,
+        allow_failed=allow_failed,
         reference=None
         if reference is None
         else ReferenceOptions(reference, reference_python, receiver, sharer or (), fuser or ()),

@@ -5,6 +5,8 @@ import ast
 import onnx_ir as ir
 
 _NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+NO_LAYER = "mask and positions"
+"""What `model_layer` says of a node that belongs to none of the model's modules."""
 
 
 def model_layer(node: ir.Node) -> str:
@@ -15,4 +17,4 @@ def model_layer(node: ir.Node) -> str:
     scopes = node.metadata_props.get(_NAME_SCOPES)
     # The last scope is the operation itself.
     modules = [scope for scope in ast.literal_eval(scopes)[:-1] if scope] if scopes else []
-    return modules[-1].removeprefix("model.") if modules else "mask and positions"
+    return modules[-1].removeprefix("model.") if modules else NO_LAYER

@@ -82,6 +82,19 @@ def open_engine(
     raise C2CError(f"{bundle.root}: no engine that was asked for can run here: {_listed(obstacles)}")
 
 
+def why_not_here(
+    bundle: Bundle, record: EngineRecord, *, probe: Callable[[Iterable[str]], Machine] = probe_machine
+) -> str | None:
+    """Why this machine cannot run that engine of the bundle, as far as can be told without loading it; else None."""
+    return _Judge(bundle, probe).obstacle(record)
+
+
+def portable_on_cuda(bundle: Bundle) -> EngineRecord:
+    """The engine that needs no building: ONNX Runtime runs the portable graphs themselves on a GPU."""
+    portable = {name: graph.path for name, graph in bundle.manifest.graphs.items()}
+    return EngineRecord(target=ORT_CUDA, precision="fp32", graphs=portable)
+
+
 def new_device(target: str) -> Device:
     """The memory that engines of `target` work on, with a queue of its own.
 
@@ -172,11 +185,12 @@ def _precision_of(engine: str, precision: str | None) -> str:
 
 
 def _available(bundle: Bundle) -> Iterator[EngineRecord]:
-    engines = bundle.manifest.engines
-    yield from engines.values()
-    # On a GPU, ONNX Runtime runs the portable graphs themselves.
-    portable = {name: graph.path for name, graph in bundle.manifest.graphs.items()}
-    yield EngineRecord(target=ORT_CUDA, precision="fp32", graphs=portable)
+    engines = bundle.manifest.engines.values()
+    yield from engines
+    portable = portable_on_cuda(bundle)
+    # It has a record of its own once it was checked.
+    if not any((engine.target, engine.precision) == (portable.target, portable.precision) for engine in engines):
+        yield portable
 
 
 def _rank(record: EngineRecord) -> tuple[bool, bool, int, int]:

@@ -19,13 +19,16 @@ from c2c_export.tokenizer import BundledTokenizer
 from engines.base import Device, Engine
 from engines.cores import check_threads
 from engines.select import load_engine, new_device, open_engine, wanted_engines
+from runtime.checked import refuse_failed, warn_of_unchecked
 from runtime.decoder import Decoder
 from runtime.freed_memory import return_freed_memory
 from runtime.fuser import Fuser
+from runtime.generation import Chunk, Generation
 from runtime.messages import Message
 from runtime.prefill import Prefiller
 from runtime.prompt import Plan, PromptPlanner
-from runtime.session import Chunk, Generation, Prompt, Session, is_ids
+from runtime.score import Score
+from runtime.session import Prompt, Session, is_ids
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,15 @@ class C2CPipeline:
     """A loaded bundle. Open one per process; sessions share its engines and its pool of slots. Not thread-safe."""
 
     def __init__(
-        self, bundle: Bundle, engine: str, precision: str | None, num_slots: int, num_threads: int | None
+        self,
+        bundle: Bundle,
+        engine: str,
+        precision: str | None,
+        num_slots: int,
+        num_threads: int | None,
+        *,
+        allow_unchecked: bool = False,
+        allow_failed: bool = False,
     ) -> None:
         """See `from_bundle`."""
         for name, count in (("num_slots", num_slots), ("num_threads", 1 if num_threads is None else num_threads)):
@@ -52,14 +63,19 @@ class C2CPipeline:
         self.bundle = bundle
 
         def load(record: EngineRecord) -> _Engines:
+            if not allow_failed:
+                refuse_failed(bundle, record)
             return _load_engines(bundle, record, num_slots, num_threads)
 
-        receiver_tokenizer = BundledTokenizer.load(bundle.tokenizer_folder())
-        self.tokenizer: Tokenizer = receiver_tokenizer.backend
-        self._planner = _load_planner(bundle, receiver_tokenizer)
+        self.receiver_tokenizer = BundledTokenizer.load(bundle.tokenizer_folder())
+        """With its special tokens and the chat template."""
+        self.tokenizer: Tokenizer = self.receiver_tokenizer.backend
+        self._planner = _load_planner(bundle, self.receiver_tokenizer)
         return_freed_memory()  # before the engines take their own
         self.engine_choice, engines = open_engine(bundle, engine, precision, load)
         """The engine that runs, and why (`reason`)."""
+        if not allow_unchecked:
+            warn_of_unchecked(bundle, self.engine_choice.record)
         self.receiver, self.prefiller = engines.receiver, engines.prefiller
         self._free_slots = list(range(num_slots))
         self._num_slots = num_slots
@@ -73,6 +89,8 @@ class C2CPipeline:
         *,
         num_slots: int = 8,
         num_threads: int | None = None,
+        allow_unchecked: bool = False,
+        allow_failed: bool = False,
     ) -> "C2CPipeline":
         """Open the bundle at `path` and load its engine of that name and precision.
 
@@ -82,8 +100,19 @@ class C2CPipeline:
         when used (on a GPU at once). `num_threads` per engine on the CPU defaults to the physical cores. Raises
         `BundleError` when a file of the bundle is missing or changed, `UsageError` when it has no such engine,
         `C2CError` when it has and this machine cannot run it.
+
+        An engine that `c2c-export check` found to fail is refused with a `FailedEngineError` ("auto" takes the next),
+        one that it never checked gives an `UncheckedEngineWarning`, unless `allow_failed` or `allow_unchecked` is set.
         """
-        return cls(Bundle.open(path), engine, precision, num_slots, num_threads)
+        return cls(
+            Bundle.open(path),
+            engine,
+            precision,
+            num_slots,
+            num_threads,
+            allow_unchecked=allow_unchecked,
+            allow_failed=allow_failed,
+        )
 
     def prefill(self, prompt: Prompt, *, fuse: bool = True, sharers: Sequence[int] | None = None) -> Session:
         """Prefill and fuse a prompt: messages, a str (one user turn), or receiver token ids.
@@ -135,6 +164,22 @@ class C2CPipeline:
             raise
         return _stream_and_close(session, chunks)
 
+    def score(
+        self,
+        messages: str | Sequence[Any] | None = None,
+        *,
+        input_ids: Sequence[int] | None = None,
+        continuation: str | Sequence[int],
+        fuse: bool = True,
+        sharers: Sequence[int] | None = None,
+    ) -> Score:
+        """Prefill one prompt, `messages` or `input_ids`, and score what is said next, as `Session.score`.
+
+        Several continuations of one prompt are better scored by one session, which prefills it once.
+        """
+        with self.prefill(_one_prompt(messages, input_ids), fuse=fuse, sharers=sharers) as session:
+            return session.score(continuation)
+
     def release_slot(self, slot: int) -> None:
         """Make a session's slot free for another; sessions do it themselves."""
         self._free_slots.append(slot)
@@ -153,6 +198,12 @@ class C2CPipeline:
                 "shorten it, or export with a larger --max-length"
             )
         return plan
+
+    def continuation_ids(
+        self, messages: list[Message] | None, ids: Sequence[int], generated: Sequence[int], text: str
+    ) -> list[int]:
+        """As `PromptPlanner.continuation_ids`."""
+        return self._planner.continuation_ids(messages, ids, generated, text)
 
     @property
     def decoders(self) -> tuple[Decoder, ...]:

@@ -46,12 +46,17 @@ class SlotState:
     """What `receiver` was made by the last `append`: the beginning of `_room`."""
     _room: ModelTokens = NO_TOKENS
 
+    @property
+    def num_rows(self) -> int:
+        """The receiver's real rows."""
+        return len(self.receiver.ids)
+
     def append(self, token_id: int, position_id: int) -> None:
         """Record one more unfused receiver row, a generated token's; O(1), as room doubles where it ends.
 
         Arrays that `receiver` had before stay as they are.
         """
-        num_rows = len(self.receiver.ids)
+        num_rows = self.num_rows
         if self.receiver is not self._grown or num_rows == len(self._room.ids):
             padding = (0, max(num_rows, _FIRST_ROOM))
             self._room = ModelTokens(np.pad(self.receiver.ids, padding), np.pad(self.receiver.position_ids, padding))

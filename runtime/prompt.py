@@ -118,6 +118,28 @@ class PromptPlanner:
         self._check_sharers_embed(plan)
         return plan
 
+    def continuation_ids(
+        self, messages: Sequence[Message] | None, ids: Sequence[int], generated: Sequence[int], text: str
+    ) -> list[int]:
+        """The receiver's tokens of `text` where it continues a chat (or `ids`, if None) and what was `generated` since.
+
+        The text before it and all of it are tokenised, and what the longer row has more is returned: a word's tokens
+        depend on what stands before it. Raises `UsageError` when there is nothing more, or when `text` and the end of
+        what is before it become one token.
+        """
+        before = self._receiver.backend.decode([*ids, *generated], skip_special_tokens=False)
+        if messages is not None:
+            before = encode_chat(self._receiver, messages, add_generation_prompt=True)[0] + before
+        known, whole = self._receiver.encode(before).ids, self._receiver.encode(before + text).ids
+        if whole[: len(known)] != known:
+            raise UsageError(
+                f"the continuation {text!r} begins inside a token, together with the end of the prompt, "
+                f"{before[-20:]!r}; give it as token ids"
+            )
+        if len(whole) == len(known):
+            raise UsageError(f"the continuation {text!r} has no tokens; expected at least one")
+        return whole[len(known) :]
+
     def _plan_row(self, ids: _Int64Array, sharers: Sequence[int]) -> Plan:
         # All models have a token at every position: no gaps, and only the last token is not fused.
         _check_range(ids, self._receiver_vocab, self._receiver, "the receiver")
@@ -224,16 +246,16 @@ def _check_range(ids: _Int64Array, vocab: int, tokenizer: BundledTokenizer, mode
         )
 
 
-def parse_ids(ids: Sequence[int] | npt.NDArray[Any]) -> _Int64Array:
-    """Token ids as int64 [n]; `UsageError` when there are none, or when they are not a row of integers."""
+def parse_ids(ids: Sequence[int] | npt.NDArray[Any], name: str = "input_ids") -> _Int64Array:
+    """Token ids as int64 [n]; `UsageError`, with their `name`, when there are none or they are no row of integers."""
     try:
         row = np.asarray(ids)
     except ValueError as error:
-        raise UsageError("input_ids is not one row; expected a flat list of token ids") from error
+        raise UsageError(f"{name} is not one row; expected a flat list of token ids") from error
     if row.size == 0:
-        raise UsageError("input_ids is empty; expected at least one token id")
+        raise UsageError(f"{name} is empty; expected at least one token id")
     if row.ndim != 1:
-        raise UsageError(f"input_ids has shape {list(row.shape)}; expected a flat list of token ids")
+        raise UsageError(f"{name} has shape {list(row.shape)}; expected a flat list of token ids")
     if row.dtype.kind not in "iu":
-        raise UsageError(f"input_ids holds values of type {row.dtype.name}; expected integer token ids")
+        raise UsageError(f"{name} holds values of type {row.dtype.name}; expected integer token ids")
     return row.astype(np.int64)

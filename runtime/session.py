@@ -11,55 +11,17 @@ from numpy.typing import NDArray
 
 from c2c_export.errors import UsageError
 from runtime.detokenizer import Detokenizer
+from runtime.generation import Chunk, Generation, Timings
 from runtime.messages import Message, parse_messages
 from runtime.prefill import PrefillTimings, SlotState
 from runtime.prompt import Plan, parse_ids
 from runtime.sampling import Sampler, SamplingParams
+from runtime.score import Score, score_tokens
 
 if TYPE_CHECKING:
     from runtime.pipeline import C2CPipeline
 
 Prompt = str | Sequence[Mapping[str, Any] | Message] | Sequence[int]
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds of computing, without the time that a stream's reader takes.
-
-    The prefill belongs to the first generation after it: a further one on the same prompt has zeros there.
-    """
-
-    sharer_prefill: float
-    receiver_prefill: float
-    fuse: float
-    ttft: float
-    """Time to first token: planning, the three prefill phases, and choosing the token."""
-    decode: float
-    """All tokens after the first."""
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What one call generated."""
-
-    text: str
-    """Without special tokens, cut before a stop string."""
-    token_ids: list[int]
-    """All generated ids, an ending stop token included, as transformers' `generate` returns them."""
-    finish_reason: str
-    """"stop" (a stop token or stop string) or "length" (`max_new_tokens` or the capacity reached)."""
-    timings: Timings
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of a streamed generation. The concatenated texts of all chunks are the generation's text."""
-
-    text: str
-    token_ids: list[int]
-    """The ids generated since the last chunk."""
-    generation: Generation | None = None
-    """The whole generation, in the last chunk only."""
 
 
 @dataclass
@@ -125,7 +87,7 @@ class Session:
         num_layers = self._pipeline.bundle.manifest.receiver.num_layers
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < num_layers:
             raise UsageError(f"layer {layer!r}: the receiver has layers 0 to {num_layers - 1}")
-        return self._pipeline.read_receiver(self._slot, layer, len(self._state.receiver.ids))
+        return self._pipeline.read_receiver(self._slot, layer, self._state.num_rows)
 
     def append(self, prompt: Prompt) -> None:
         """Add turns (or ids, to a session of ids) and prefill what they change; equal to a fresh run over everything.
@@ -184,6 +146,43 @@ class Session:
         self._current_stream = sampler
         return self._generate(limit, ignore_eos, detokenizer, sampler)
 
+    def begin_reply(self, reply: str | Sequence[int]) -> None:
+        """Let the answer begin with `reply` (or go on with it), as if it had been generated.
+
+        A later `generate` goes on from there, `score` scores what follows, and `append` counts it as the assistant's.
+        Text is tokenised, and errors are raised, as in `score`.
+        """
+        self._check_open()
+        ids = self._continuation_ids(reply)
+        self._check_room(len(ids))
+        self._current_stream = None
+        for token_id in ids:
+            if self._reply_ids:
+                self._step(self._reply_ids[-1])
+            self._add_to_reply(token_id, whole_text=None)
+
+    def score(self, continuation: str | Sequence[int]) -> Score:
+        """How likely `continuation` is next: after the prompt and what was generated since.
+
+        The session stays as it is: a later `generate`, `stream` or `append` does what it would have done. Text is
+        tokenised as it continues the prompt's text. n tokens take n - 1 decode steps (one more after a generation).
+        Raises `UsageError` when the continuation has no tokens, unknown ones, or too many for the capacity, and when
+        its beginning and the prompt's end would be one token.
+        """
+        self._check_open()
+        ids = self._continuation_ids(continuation)
+        self._check_room(len(ids))
+        first_row, pending = self._state.num_rows, self._reply_ids[-1:]
+
+        def step(index: int, token_id: int) -> NDArray[np.float32]:
+            # Into rows that nobody sees, since the session does not count them; what comes next writes over them.
+            self._pipeline.receiver.run(self._slot, [token_id], [self._next_position + index], first_row + index)
+            return self._pipeline.receiver.logits()
+
+        if not pending:
+            return score_tokens(self._last_logits, ids, step)
+        return score_tokens(step(0, pending[0]), ids, lambda index, token_id: step(1 + index, token_id))
+
     def close(self) -> None:
         """Give the slot back. The session cannot be used afterwards; closing it again does nothing."""
         self._release()
@@ -217,16 +216,41 @@ class Session:
         self._logits = self._last_logits = self._pipeline.receiver.logits()
         self._prefill_seconds = time.perf_counter() - started
 
+    def _continuation_ids(self, continuation: str | Sequence[int]) -> list[int]:
+        if isinstance(continuation, str):
+            conversation = self._conversation
+            return self._pipeline.continuation_ids(
+                conversation.messages, conversation.ids, self._reply_ids, continuation
+            )
+        ids: list[int] = parse_ids(continuation, "the continuation").tolist()
+        vocab_size = len(self._logits)
+        for index, token_id in enumerate(ids):
+            if not 0 <= token_id < vocab_size:
+                raise UsageError(
+                    f"token {index} of the continuation is {token_id}; expected ids from 0 to {vocab_size - 1}"
+                )
+        return ids
+
     def _check_open(self) -> None:
         if not self._release.alive:
             raise UsageError("this session is closed; prefill a new one")
 
+    def _room(self) -> int:
+        # How many tokens may follow; the last one's row is only written when something follows it.
+        rows = self._state.num_rows + bool(self._reply_ids)
+        return self._pipeline.bundle.manifest.max_length - rows + 1
+
+    def _check_room(self, num_tokens: int) -> None:
+        if num_tokens > self._room():
+            raise UsageError(
+                f"the session's {self._state.num_rows} tokens and a continuation of {num_tokens} exceed the bundle's "
+                f"capacity of {self._pipeline.bundle.manifest.max_length}; shorten one, or export with a larger "
+                "--max-length"
+            )
+
     def _check_limit(self, max_new_tokens: int | None) -> int:
-        # The last generated token's row is only written when something follows it.
-        capacity, num_rows = self._pipeline.bundle.manifest.max_length, len(self._state.receiver.ids)
-        room = capacity - num_rows + 1
-        if self._reply_ids:
-            room -= 1
+        capacity, num_rows = self._pipeline.bundle.manifest.max_length, self._state.num_rows
+        room = self._room()
         if room < 1:
             raise UsageError(
                 f"the session's {num_rows} tokens fill the bundle's capacity of {capacity}; "
@@ -297,7 +321,7 @@ class Session:
         return self._cut_reply + rest
 
     def _step(self, token_id: int) -> None:
-        row = len(self._state.receiver.ids)
+        row = self._state.num_rows
         self._pipeline.receiver.run(self._slot, [token_id], [self._next_position], row)
         self._state.append(token_id, self._next_position)
         self._next_position += 1

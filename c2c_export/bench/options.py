@@ -51,6 +51,10 @@ class BenchOptions:
     text_to_text: Path | None = None
     """A bundle of one model, the pair's sharer."""
     reference: ReferenceOptions | None = None
+    allow_unchecked: bool = False
+    """Do not warn of an engine that was never checked."""
+    allow_failed: bool = False
+    """Measure an engine although its check failed."""
 
 
 def check_options(options: BenchOptions) -> None:

@@ -161,7 +161,19 @@ def _measure_batches(
 
 
 def _open(options: BenchOptions, engine: str, precision: str | None, num_slots: int) -> C2CPipeline:
-    return C2CPipeline.from_bundle(options.bundle, engine, precision, num_slots=num_slots, num_threads=options.threads)
+    return _open_bundle(options.bundle, options, engine, precision, num_slots)
+
+
+def _open_bundle(path: Path, options: BenchOptions, engine: str, precision: str | None, num_slots: int) -> C2CPipeline:
+    return C2CPipeline.from_bundle(
+        path,
+        engine,
+        precision,
+        num_slots=num_slots,
+        num_threads=options.threads,
+        allow_unchecked=options.allow_unchecked,
+        allow_failed=options.allow_failed,
+    )
 
 
 def _text_to_text(options: BenchOptions, choice: EngineChoice, step: Step) -> TextToTextRecord | None:
@@ -169,9 +181,7 @@ def _text_to_text(options: BenchOptions, choice: EngineChoice, step: Step) -> Te
         return None
     with step("Measuring text-to-text"):
         pipeline = _open(options, choice.target, choice.precision, 1)
-        sharer = C2CPipeline.from_bundle(
-            options.text_to_text, choice.target, choice.precision, num_slots=1, num_threads=options.threads
-        )
+        sharer = _open_bundle(options.text_to_text, options, choice.target, choice.precision, 1)
         return measure_text_to_text(pipeline, sharer, options.new_tokens, options.repeats)
 
 

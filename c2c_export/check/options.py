@@ -16,6 +16,9 @@ class CheckOptions:
     """The trained models, as given to `c2c-export pair`; None takes the sources that the manifest names."""
     sharers: Sequence[str] = ()
     fusers: Sequence[str] = ()
+    receiver_chat_template: Path | None = None
+    """The file that was given at export, where it lies elsewhere now; None takes the one that the manifest names."""
+    sharer_chat_templates: Sequence[Path] = ()
     engine: str | None = None
     """A target such as `ort-cpu`; None checks every engine of the manifest."""
     precision: str | None = None

@@ -20,7 +20,7 @@ class CacheError(Record):
 
 
 class LayerCaches(Record):
-    """A receiver layer's errors, before any fusing and as the decoder reads it."""
+    """A receiver layer's errors as the decoder reads it: fused where it was."""
 
     layer: int
     key: CacheError
@@ -82,8 +82,9 @@ class QuestionScore(Record):
     way: str
     """`receiver`, `sharer <k>` or `C2C`."""
     trained: float
-    engine: float
-    same_answers: float
+    engine: float | None
+    """None for a sharer alone, which a bundle has no LM head of: it is asked in torch only."""
+    same_answers: float | None
     """Share of questions on which both sides choose the same answer."""
     num_questions: int
 

@@ -1,0 +1,82 @@
+"""Level `sources`: the bundle was made of these models and fusers, and everything but its graphs is theirs.
+
+In: the bundle, and what it was exported from, as it was read for the check. Out: a divergence for each source file that
+is missing or another; each field, link, gate, flag and stop id of the manifest that differs from the checkpoint's and
+models'; each tokenizer, chat template and alignment table that differs from one that is made anew.
+
+Not covered: the graphs, see the level `weights`.
+"""
+
+from collections.abc import Iterator
+
+from c2c_export.check.exported.alignment import check_alignment
+from c2c_export.check.exported.links import check_flags, check_links
+from c2c_export.check.exported.models import check_cache_shapes, check_fields, check_files, check_graph_names
+from c2c_export.check.exported.tokenizers import check_tokenizer
+from c2c_export.check.graph.fuser_wiring import open_gates
+from c2c_export.check.level import CheckContext, LevelResult
+from c2c_export.check.tolerances import measured
+from c2c_export.check_record import Divergence
+
+
+def check_sources(context: CheckContext) -> LevelResult:
+    """See the module's docstring. Raises `C2CError` where a file of the bundle cannot be read."""
+    found = [*_check_models(context), *_check_fusers(context), *_check_tokens(context)]
+    precision = context.record.precision
+    num_files = sum(len(record) for record in _recorded_files(context))
+    return LevelResult(
+        measurements=[
+            measured("sources", "source files", precision, num_files),
+            measured("sources", "differences", precision, len(found)),
+        ],
+        divergences=found,
+    )
+
+
+def _recorded_files(context: CheckContext) -> Iterator[dict[str, str]]:
+    manifest = context.bundle.manifest
+    yield manifest.receiver.sources
+    for sharer in manifest.sharers:
+        yield sharer.model.sources
+        yield sharer.fuser_sources
+
+
+def _check_models(context: CheckContext) -> Iterator[Divergence]:
+    manifest, trained = context.bundle.manifest, context.trained
+    sources = [trained.receiver_source, *trained.sharer_sources]
+    records = [manifest.receiver, *(sharer.model for sharer in manifest.sharers)]
+    for number, (record, source) in enumerate(zip(records, sources, strict=True), -1):
+        graph = "receiver" if number < 0 else f"sharer{number}"
+        place = "receiver" if number < 0 else f"sharers.{number}.model"
+        yield from check_files(graph, f"{graph} {source.source}", record.sources, source.record.sources)
+        yield from check_fields(graph, place, record, source.record)
+    if manifest.stop_ids != trained.receiver_source.stop_ids:
+        message = (
+            f"stop_ids are {list(manifest.stop_ids)} in the manifest, the model's are "
+            f"{list(trained.receiver_source.stop_ids)}"
+        )
+        yield Divergence(graph="receiver", message=message)
+    yield from check_cache_shapes(manifest)
+
+
+def _check_fusers(context: CheckContext) -> Iterator[Divergence]:
+    manifest, fusers = context.bundle.manifest, context.trained.fusers
+    for number, (recorded, fuser) in enumerate(zip(manifest.sharers, fusers, strict=True)):
+        checkpoint = fuser.checkpoint
+        what = f"fuser{number} {checkpoint.folder}"
+        yield from check_files(f"fuser{number}", what, recorded.fuser_sources, checkpoint.files)
+        yield from check_links(number, recorded, checkpoint)
+        yield from check_flags(number, manifest, checkpoint)
+    yield from check_graph_names(manifest, [bool(open_gates(fuser.checkpoint)) for fuser in fusers])
+
+
+def _check_tokens(context: CheckContext) -> Iterator[Divergence]:
+    bundle, new = context.bundle, context.trained.tokens
+    yield from check_tokenizer("receiver", bundle.tokenizer_folder(), new.files[0])
+    # Where manifest and fusers disagree about alignment, which the flags tell, one side has no table.
+    for number, table in enumerate(new.tables if bundle.manifest.aligned else ()):
+        yield from check_tokenizer(f"sharer{number}", bundle.tokenizer_folder(number), new.files[number + 1])
+        file = bundle.alignment_file(number)
+        difference = check_alignment(file, table, new.tokenizers[0], new.tokenizers[number + 1])
+        if difference is not None:
+            yield difference
