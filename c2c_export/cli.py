@@ -40,7 +40,7 @@ _UNBOUNDED_WIDTH = 10_000
 def main(arguments: Sequence[str] | None = None) -> None:
     """The console script: run a command; an error is printed in one or two lines, without a traceback.
 
-    `arguments` None are those of this process.
+    `arguments` None are those of this process; given, another program stands in front, and usage names ours.
     """
     warnings.showwarning = _show_warning
     for stream in (sys.stdout, sys.stderr):
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     try:
-        app(arguments)
+        app(arguments, prog_name=None if arguments is None else "c2c-export")
     except C2CError as error:
         _end_if(stopped)
         _fail(str(error), error.exit_code)

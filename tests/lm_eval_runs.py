@@ -26,12 +26,12 @@ def be_local(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
-def evaluate(model: Any, model_args: Mapping[str, Any] | None, task: str, **options: Any) -> dict[str, Any]:
-    """The harness's results of one task: `results`, `samples` (answers in `resps`, by `doc_id`), `config`."""
+def evaluate(model: Any, model_args: Mapping[str, Any] | None, *tasks: str, **options: Any) -> dict[str, Any]:
+    """The harness's results: `results`, `samples` (answers in `resps`, by `doc_id`) and `config`."""
     found = lm_eval.simple_evaluate(
         model=model,
-        model_args=None if model_args is None else dict(model_args),
-        tasks=[task],
+        model_args=None if model_args is None else {"num_threads": 1, "allow_unchecked": True, **model_args},
+        tasks=list(tasks),
         task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
         bootstrap_iters=0,
         **options,
@@ -44,3 +44,9 @@ def answers(found: Mapping[str, Any], task: str) -> list[Any]:
     """What the model answered, by document and request: texts, (log-likelihood, is greedy), or log-likelihoods."""
     samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
     return [response[0] for sample in samples for response in sample["resps"]]
+
+
+def requests(found: Mapping[str, Any], task: str) -> list[tuple[Any, ...]]:
+    """The arguments of every request, likewise."""
+    samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
+    return [arguments for sample in samples for arguments in sample["arguments"]]

@@ -23,6 +23,8 @@ from c2c_export.errors import UsageError
 from c2c_export.trace.decoder import sliding_window_of
 from runtime.prompt import ModelTokens, Plan
 
+_NUM_PROMPTS = 4
+"""Prompts that decoders read, from the shortest to the longest: torch takes seconds for each."""
 _FUSED_PROMPTS = 2
 """Prompts whose own caches fusers are fed with: the one with the most fused sections, and the longest."""
 
@@ -106,14 +108,24 @@ def _decoder(
     config = trained.model.config
     limits = DecoderLimits(sliding_window_of(config), int(config.max_position_embeddings))
     held = decoder_holding(context.engine.model(graph), trained)
+    chosen = _chosen(prompts)
     return GraphCase(
         graph=graph,
         trained=held,
         inputs=_decoder_inputs(layout),
         required=required,
         allowed=required | frozenset(layout.names),
-        feeds=lambda: decoder_feeds(held, layout, limits, prompts),
+        feeds=lambda: decoder_feeds(held, layout, limits, chosen),
     )
+
+
+def _chosen(prompts: Sequence[DecoderPrompt]) -> list[DecoderPrompt]:
+    """Some of the prompts, of all lengths, and one that ends in a closing padding row, if any does."""
+    by_length = sorted(prompts, key=lambda prompt: len(prompt.tokens.ids))
+    indices = sorted({round(index) for index in np.linspace(0, len(by_length) - 1, _NUM_PROMPTS)})
+    chosen = [by_length[index] for index in indices]
+    padded = next((prompt for prompt in by_length if prompt.closing_padding is not None), None)
+    return chosen if padded is None or padded in chosen else [*chosen, padded]
 
 
 def _fuser(context: CheckContext, plans: Sequence[Plan], number: int) -> GraphCase:

@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import torch
@@ -20,6 +21,7 @@ import torch
 from c2c_export import __version__
 from c2c_export.atomic_file import write_atomically
 from c2c_export.bundle import Bundle, EngineRecord
+from c2c_export.check.bisect.search import bisect
 from c2c_export.check.engine import CheckedEngine
 from c2c_export.check.fitting import check_askable, fitting_prompts
 from c2c_export.check.html import write_html
@@ -156,7 +158,11 @@ def _check_engine(context: CheckContext, levels: Sequence[LevelName], calibratio
         with step(f"{context.name}: {name}"):
             started = time.perf_counter()
             results[name] = _run_level(_RUN[name], context)
-            records.append(_record_of(name, results[name], time.perf_counter() - started))
+            seconds = time.perf_counter() - started
+        if name == "graphs" and context.options.bisect and not results[name].passed:
+            with step(f"{context.name}: bisecting"):
+                results[name] = _bisect_each(context, results[name])
+        records.append(_record_of(name, results[name], seconds))
     check = CheckRecord(
         passed=all(record.passed for record in records),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -187,6 +193,19 @@ def _run_level(level: Level, context: CheckContext) -> LevelResult:
     except Exception as error:  # damaged graphs and weights make libraries raise nearly anything
         reason = f"{type(error).__name__}: {reason_of(error)}"
     return LevelResult(divergences=[Divergence(message=f"the level could not be run: {reason}")])
+
+
+def _bisect_each(context: CheckContext, result: LevelResult) -> LevelResult:
+    """The same result, the divergence of each graph followed by what bisecting that graph found."""
+
+    def followed(divergence: Divergence) -> Divergence:
+        try:
+            return bisect(context, divergence)
+        except Exception as error:  # as in a level
+            message = f"{divergence.message} Bisect: the graph could not be run: {reason_of(error)}"
+            return divergence.model_copy(update={"message": message})
+
+    return replace(result, divergences=[followed(divergence) for divergence in result.divergences])
 
 
 def _record_of(name: LevelName, result: LevelResult, seconds: float) -> LevelRecord:

@@ -57,7 +57,13 @@ class C2CLanguageModel(TemplateLM):
         check_batch_size(batch_size, max_batch_size)
         self._arguments = arguments = parse_arguments(model_args)
         self._pipeline = C2CPipeline.from_bundle(
-            arguments.bundle, arguments.engine, arguments.precision, num_slots=1, num_threads=arguments.num_threads
+            arguments.bundle,
+            arguments.engine,
+            arguments.precision,
+            num_slots=1,
+            num_threads=arguments.num_threads,
+            allow_unchecked=arguments.allow_unchecked,
+            allow_failed=arguments.allow_failed,
         )
         self._tokenizer = self._pipeline.receiver_tokenizer
         with self._pipeline.prefill([self.prefix_token_id], fuse=arguments.fuse, sharers=arguments.sharers) as session:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from c2c_export.bundle import EngineRecord
 from c2c_export.check.changed_graph import keep_activations_in_float, load_changed
 from c2c_export.check.compare_graph import Compared, compare_graph
 from c2c_export.check.comparing import LOGITS, Tolerances, layer_of
@@ -26,12 +27,14 @@ from c2c_export.check.level import CheckContext, LevelResult
 from c2c_export.check.tolerances import tolerance
 from c2c_export.check_record import Divergence, Kind, Measurement
 from engines.base import Engine
+from engines.targets import target_of
 
 
 def check_graphs(context: CheckContext) -> LevelResult:
     """See the module's docstring. Raises `C2CError` where this machine cannot run the engine."""
     measurements: list[Measurement] = []
     divergences: list[Divergence] = []
+    precision = precision_of_activations(context.record)
     for case in graph_cases(context):
         engine = context.engine.load_graph(case.graph)
         wrong = list(wrong_interface(case, engine))
@@ -42,17 +45,23 @@ def check_graphs(context: CheckContext) -> LevelResult:
         rounded = keep_activations_in_float(model)
         if rounded:
             exact = load_changed(context, case.graph, model)
-            found = _compare(case, exact, graph_tolerances(case.graph, context.record.precision), None)
+            found = _compare(case, exact, graph_tolerances(case.graph, precision), None)
             measurements += found.measurements(case, ", activations in float32")
             divergences += found.divergences
             if found.divergences:
                 continue  # the engine as it is would show the same, less clearly
         folder = context.options.save_results
         save_to = None if folder is None else folder / context.name / case.graph
-        found = _compare(case, engine, graph_tolerances(case.graph, context.record.precision, rounded=rounded), save_to)
+        found = _compare(case, engine, graph_tolerances(case.graph, precision, rounded=rounded), save_to)
         measurements += found.measurements(case)
         divergences += found.divergences
     return LevelResult(measurements, divergences)
+
+
+def precision_of_activations(record: EngineRecord) -> str:
+    """What the engine computes in: on a GPU, weights in integers are multiplied in float16."""
+    on_cpu = not target_of(record.target).needs_gpu_to_run
+    return record.precision if on_cpu or record.precision not in ("int8", "int4") else "fp16"
 
 
 def graph_tolerances(graph: str, precision: str, *, rounded: bool = False) -> Tolerances:
@@ -127,7 +136,7 @@ def describe(case: GraphCase, compared: Compared, output: str) -> Divergence:
     several = len(compared.feed.written) > 1
     where = f"slot {slot}" if output == LOGITS else f"{f'slot {slot}, ' if several else ''}row {row}"
     diagnosis = diagnose_fuser(diverged, case.trained) if case.is_fuser else diagnose_decoder(diverged, case.trained)
-    added = f"Calls without {compared.feed.adds} agree." if compared.feed.adds else ""
+    added = f"Calls before it agree; this one adds {compared.feed.adds}." if compared.feed.adds else ""
     sentences = [f"{compared.feed.name}: {where} is {error}.", diagnosis, added]
     message = " ".join(sentence for sentence in sentences if sentence)
     return _divergence(case.graph, output, message, None if output == LOGITS else head, row)

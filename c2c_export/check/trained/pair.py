@@ -88,8 +88,9 @@ def _check_counts(manifest: Manifest, options: CheckOptions) -> None:
         ("--sharer-chat-template", options.sharer_chat_templates, count if manifest.aligned else 0),
     ):
         if given and len(given) != expected:
+            why = "" if expected == count else ", which read the receiver's tokens"
             raise UsageError(
-                f"{len(given)} {option} given; the bundle has {count} sharer(s), expected {expected} or none"
+                f"{len(given)} {option} given, expected {expected or 'none'}: the bundle has {count} sharer(s){why}"
             )
 
 
