@@ -24,8 +24,8 @@ print(hashlib.sha256(content).hexdigest())
 PYTHON
 )
 
-# `dev` contains `export`, so an environment that was made for tests serves the demo as it is.
-for stamp in ".venv/installed-$extra" $([ "$extra" = export ] && echo .venv/installed-dev); do
+# `dev` contains `check`, so an environment that was made for tests serves the demo as it is.
+for stamp in ".venv/installed-$extra" $([ "$extra" = check ] && echo .venv/installed-dev); do
     if [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$key" ]; then
         echo "Using the environment in .venv."
         exit 0

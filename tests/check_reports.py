@@ -56,7 +56,7 @@ def make_engine(
         prompts=tuple(_prompt(chance, number, passes or number % 3 != 1, error) for number in range(prompts)),
         questions=(
             QuestionScore(way="receiver", trained=0.3125, engine=0.3125, same_answers=1.0, num_questions=64),
-            QuestionScore(way="sharer 0", trained=0.390625, engine=None, same_answers=None, num_questions=64),
+            QuestionScore(way="sharer 0", trained=0.5625, engine=None, same_answers=None, num_questions=64),
             QuestionScore(way="C2C", trained=0.4375, engine=0.421875, same_answers=0.953125, num_questions=64),
         ),
     )

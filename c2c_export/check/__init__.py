@@ -3,7 +3,10 @@
     options.py      what to check, with which sources, prompts and levels
     prompts.py      calibration prompts: a file's, or those that come with the package
     trained/        the trained models in torch: decoders over given caches, fusers, and C2C as a whole
+    fitting.py      which prompts and questions a bundle can be asked at all
     engine.py       the engine that is checked, graph by graph and as a whole
+    selection.py    which engines a check is about, and what the manifest keeps of it
+    both_sides.py   a prompt on both sides; prompt_details.py describes it for the report
     levels/         one file per level, in the order of `c2c_export.check_record.LEVELS`
     tolerances.py   how far each level may be off in each precision, and why
     report.py       the whole result as records: what JSON, HTML and terminal show

@@ -28,6 +28,9 @@ ENDLESS = 1e9
 """The error of a row that is not finite, or that is not zero where it should be; itself a number, which JSON has."""
 _PAST = "past_"
 _METRICS = ["relative_error", "changed_rows"]
+_LEAST_CORRECTION = 1e-3
+"""A correction below this share of the cache is not compared by its own size: where a weight is nearly 0, a sigmoid's
+last bits are most of it."""
 # float32 has 24 bits of mantissa, float16 11, bfloat16 8.
 _ROUNDING = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 
@@ -124,10 +127,13 @@ class CompareRows(BaseCompareFunc):
         fed = self._feed.inputs[_PAST + name]
         was, expected, got = (rows_of(cache, self._feed.written) for cache in (fed, trained, found))
         allowed = rounding * np.abs(expected)
+        least = 0.0
         if self._corrections:
             was = _as_stored(was, self._dtypes[name])
+            # Both sides add the correction to the cache, and round the sum.
+            allowed, least = 2 * allowed, _LEAST_CORRECTION * _typical_length(expected)
             expected, got = expected - was, got - was
-        errors = row_errors(expected, got, allowed)
+        errors = row_errors(expected, got, allowed, least)
         return RowsResult(errors, self._changed(name, fed, found), threshold)
 
     def _changed(self, name: str, fed: NDArray[Any], found: NDArray[Any]) -> list[tuple[int, int, int]]:
@@ -152,16 +158,26 @@ def rows_of(cache: NDArray[Any], written: Sequence[range]) -> NDArray[Any]:
     return np.stack([cache[slot, :, rows.start : rows.stop] for slot, rows in enumerate(written)])
 
 
-def row_errors(expected: NDArray[Any], got: NDArray[Any], allowed: NDArray[Any] | float = 0.0) -> NDArray[np.float64]:
-    """Relative errors [...] of vectors [...,D] as the module's docstring says; `allowed` is taken off each element."""
+def row_errors(
+    expected: NDArray[Any], got: NDArray[Any], allowed: NDArray[Any] | float = 0.0, least: float = 0.0
+) -> NDArray[np.float64]:
+    """Relative errors [...] of vectors [...,D] as the module's docstring says.
+
+    `allowed` is taken off the error of each element; `least` is the smallest length that errors are divided by.
+    """
     finite = np.isfinite(got).all(-1)
     difference = np.abs(np.where(finite[..., None], got, 0.0).astype(np.float64) - expected)
     lengths = np.linalg.norm(expected.astype(np.float64), axis=-1)
-    typical = np.sqrt(np.mean(np.square(lengths))) if lengths.size else 0.0
-    scale = np.maximum(lengths, typical)
+    scale = np.maximum(lengths, max(_typical_length(expected), least))
     errors = np.linalg.norm(np.maximum(difference - allowed, 0.0), axis=-1)
     relative = np.divide(errors, scale, out=np.where(errors > 0, ENDLESS, 0.0), where=scale > 0)
     return np.where(finite, relative, ENDLESS)
+
+
+def _typical_length(rows: NDArray[Any]) -> float:
+    """The root mean square length of vectors [...,D]."""
+    squares = np.square(rows.astype(np.float64)).sum(-1)
+    return float(np.sqrt(np.mean(squares))) if squares.size else 0.0
 
 
 def _as_stored(array: NDArray[Any], dtype: str) -> NDArray[Any]:

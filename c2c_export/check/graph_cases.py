@@ -15,15 +15,16 @@ from c2c_export.check.feeds.caches import CacheLayout, Caches
 from c2c_export.check.feeds.decoder import DecoderLimits, DecoderPrompt, decoder_feeds
 from c2c_export.check.feeds.feed import GraphFeed
 from c2c_export.check.feeds.fuser import FusedPrompt, fuser_feeds
-from c2c_export.check.graph_weights import read_graph_weights
+from c2c_export.check.held_weights import decoder_holding, fuser_holding
 from c2c_export.check.level import CheckContext
 from c2c_export.check.trained.decoder import TrainedDecoder
 from c2c_export.check.trained.fuser import TrainedFuser
 from c2c_export.errors import UsageError
 from c2c_export.trace.decoder import sliding_window_of
-from runtime.messages import parse_messages
 from runtime.prompt import ModelTokens, Plan
 
+_NUM_PROMPTS = 4
+"""Prompts that decoders read, from the shortest to the longest: torch takes seconds for each."""
 _FUSED_PROMPTS = 2
 """Prompts whose own caches fusers are fed with: the one with the most fused sections, and the longest."""
 
@@ -65,17 +66,11 @@ def graph_cases(context: CheckContext) -> Iterator[GraphCase]:
 
 def plans_of(context: CheckContext) -> list[Plan]:
     """The plans of the calibration prompts that fit, with all sharers."""
-    pipeline = context.engine.pipeline
-    sharers = tuple(range(len(context.bundle.manifest.sharers)))
     plans = []
     too_long: UsageError | None = None
     for prompt in context.prompts:
         try:
-            if prompt.input_ids is not None:
-                plans.append(pipeline.make_plan(None, prompt.input_ids, sharers))
-            else:
-                messages = [{"role": message.role, "content": message.content} for message in prompt.messages or ()]
-                plans.append(pipeline.make_plan(parse_messages(messages), [], sharers))
+            plans.append(context.engine.plan(prompt))
         except UsageError as error:
             too_long = error
     if not plans:
@@ -112,15 +107,25 @@ def _decoder(
     layout = _layout(context, trained)
     config = trained.model.config
     limits = DecoderLimits(sliding_window_of(config), int(config.max_position_embeddings))
-    held = trained.holding(read_graph_weights(context, graph))
+    held = decoder_holding(context.engine.model(graph), trained)
+    chosen = _chosen(prompts)
     return GraphCase(
         graph=graph,
         trained=held,
         inputs=_decoder_inputs(layout),
         required=required,
         allowed=required | frozenset(layout.names),
-        feeds=lambda: decoder_feeds(held, layout, limits, prompts),
+        feeds=lambda: decoder_feeds(held, layout, limits, chosen),
     )
+
+
+def _chosen(prompts: Sequence[DecoderPrompt]) -> list[DecoderPrompt]:
+    """Some of the prompts, of all lengths, and one that ends in a closing padding row, if any does."""
+    by_length = sorted(prompts, key=lambda prompt: len(prompt.tokens.ids))
+    indices = sorted({round(index) for index in np.linspace(0, len(by_length) - 1, _NUM_PROMPTS)})
+    chosen = [by_length[index] for index in indices]
+    padded = next((prompt for prompt in by_length if prompt.closing_padding is not None), None)
+    return chosen if padded is None or padded in chosen else [*chosen, padded]
 
 
 def _fuser(context: CheckContext, plans: Sequence[Plan], number: int) -> GraphCase:
@@ -136,7 +141,7 @@ def _fuser(context: CheckContext, plans: Sequence[Plan], number: int) -> GraphCa
 
     return GraphCase(
         graph=f"fuser{number}",
-        trained=fuser.holding(read_graph_weights(context, f"fuser{number}")),
+        trained=fuser_holding(context.engine.model(f"fuser{number}"), fuser),
         inputs=_fuser_inputs(receiver, sharer, separate_unfused=separate),
         required=outputs,
         allowed=outputs,

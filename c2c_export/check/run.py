@@ -13,6 +13,7 @@ import importlib
 import importlib.metadata
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import torch
@@ -20,18 +21,21 @@ import torch
 from c2c_export import __version__
 from c2c_export.atomic_file import write_atomically
 from c2c_export.bundle import Bundle, EngineRecord
+from c2c_export.check.bisect.search import bisect
 from c2c_export.check.engine import CheckedEngine
+from c2c_export.check.fitting import check_askable, fitting_prompts
 from c2c_export.check.html import write_html
 from c2c_export.check.level import CheckContext, Level, LevelResult
 from c2c_export.check.levels.caches import check_caches
 from c2c_export.check.levels.generation import check_generation
+from c2c_export.check.levels.graphs import check_graphs
 from c2c_export.check.levels.logits import check_logits
 from c2c_export.check.levels.questions import check_questions
 from c2c_export.check.levels.sources import check_sources
 from c2c_export.check.levels.weights import check_weights
 from c2c_export.check.options import CheckOptions
 from c2c_export.check.prompt_details import describe_prompt
-from c2c_export.check.prompts import BUILT_IN, Calibration, CalibrationPrompt, read_calibration
+from c2c_export.check.prompts import Calibration, read_calibration
 from c2c_export.check.questions import read_questions
 from c2c_export.check.report import CheckReport, EngineReport, PromptDetails
 from c2c_export.check.selection import engines_to_check, keep_check
@@ -40,13 +44,16 @@ from c2c_export.check_record import LEVELS, CheckRecord, Divergence, LevelName, 
 from c2c_export.errors import C2CError, UsageError, reason_of
 from c2c_export.progress import Step
 from c2c_export.quiet import quiet_libraries
+from engines.cores import check_threads
 from engines.targets import target_of
 
 MANDATORY: frozenset[LevelName] = frozenset(LEVELS) - {"questions"}
 """What an engine must pass to be marked as passed."""
+_PROMPT_LEVELS: tuple[LevelName, ...] = ("logits", "generation")
 _RUN: dict[LevelName, Level] = {
     "sources": check_sources,
     "weights": check_weights,
+    "graphs": check_graphs,
     "caches": check_caches,
     "logits": check_logits,
     "generation": check_generation,
@@ -62,8 +69,7 @@ def run_check(options: CheckOptions, step: Step) -> CheckReport:
     """
     levels = _levels_of(options)
     calibration = read_calibration(options.prompts)
-    if options.questions is not None:
-        read_questions(options.questions)  # before the models are loaded
+    questions = () if options.questions is None else read_questions(options.questions)
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     with quiet_libraries():
@@ -75,7 +81,9 @@ def run_check(options: CheckOptions, step: Step) -> CheckReport:
         reports = []
         for name, record in engines.items():
             context = _context(options, bundle, name, record, trained, calibration)
+            check_askable(context.engine, questions)
             reports.append(_check_engine(context, levels, calibration.origin, step))
+            del context  # one engine at a time is in memory
     manifest = bundle.manifest
     report = CheckReport(
         bundle=str(options.bundle),
@@ -111,9 +119,11 @@ def _levels_of(options: CheckOptions) -> list[LevelName]:
         raise UsageError("--level questions: expected a file of questions, with --questions")
     if options.new_tokens < 1:
         raise UsageError(f"--new-tokens {options.new_tokens}: expected at least 1")
+    if options.num_threads is not None:
+        check_threads("--threads", options.num_threads)
     for option, path in (("--json", options.json_file), ("--report", options.report)):
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"{option} {path}: no such folder")
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise UsageError(f"{option} {path}: expected the name of a file in a folder that exists")
     wanted = {*options.levels, *(("questions",) if options.questions is not None else ())}
     return [level for level in LEVELS if level in wanted]
 
@@ -136,32 +146,8 @@ def _context(
         record=record,
         trained=trained,
         engine=engine,
-        prompts=_prompts_that_fit(engine, calibration),
+        prompts=fitting_prompts(engine, calibration, trained.receiver_source.shape.sliding_window),
     )
-
-
-def _prompts_that_fit(engine: CheckedEngine, calibration: Calibration) -> Sequence[CalibrationPrompt]:
-    """All prompts of a file, or those that come with the package and fit the bundle.
-
-    Raises `UsageError` for one of a file that does not fit, or when none fits that comes with the package. What else is
-    wrong with planning them is for the levels to find.
-    """
-    fitting: list[CalibrationPrompt] = []
-    problems: list[C2CError] = []
-    for number, prompt in enumerate(calibration.prompts):
-        try:
-            engine.plan(prompt)
-        except UsageError as error:
-            if calibration.origin != BUILT_IN:
-                raise UsageError(f"--prompts: prompt {number} ({prompt.text:.40}): {error}") from error
-            problems.append(error)
-        except C2CError:
-            return calibration.prompts
-        else:
-            fitting.append(prompt)
-    if not fitting:
-        raise UsageError(f"no prompt of those that come with the package fits; give some with --prompts: {problems[0]}")
-    return fitting
 
 
 def _check_engine(context: CheckContext, levels: Sequence[LevelName], calibration: str, step: Step) -> EngineReport:
@@ -172,7 +158,11 @@ def _check_engine(context: CheckContext, levels: Sequence[LevelName], calibratio
         with step(f"{context.name}: {name}"):
             started = time.perf_counter()
             results[name] = _run_level(_RUN[name], context)
-            records.append(_record_of(name, results[name], time.perf_counter() - started))
+            seconds = time.perf_counter() - started
+        if name == "graphs" and context.options.bisect and not results[name].passed:
+            with step(f"{context.name}: bisecting"):
+                results[name] = _bisect_each(context, results[name])
+        records.append(_record_of(name, results[name], seconds))
     check = CheckRecord(
         passed=all(record.passed for record in records),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -205,6 +195,19 @@ def _run_level(level: Level, context: CheckContext) -> LevelResult:
     return LevelResult(divergences=[Divergence(message=f"the level could not be run: {reason}")])
 
 
+def _bisect_each(context: CheckContext, result: LevelResult) -> LevelResult:
+    """The same result, the divergence of each graph followed by what bisecting that graph found."""
+
+    def followed(divergence: Divergence) -> Divergence:
+        try:
+            return bisect(context, divergence)
+        except Exception as error:  # as in a level
+            message = f"{divergence.message} Bisect: the graph could not be run: {reason_of(error)}"
+            return divergence.model_copy(update={"message": message})
+
+    return replace(result, divergences=[followed(divergence) for divergence in result.divergences])
+
+
 def _record_of(name: LevelName, result: LevelResult, seconds: float) -> LevelRecord:
     return LevelRecord(
         name=name,
@@ -216,9 +219,9 @@ def _record_of(name: LevelName, result: LevelResult, seconds: float) -> LevelRec
 
 
 def _details(context: CheckContext, results: Mapping[LevelName, LevelResult]) -> tuple[PromptDetails, ...]:
-    """The prompts on both sides, where levels compared them and could be run."""
-    compared = [result for name, result in results.items() if name in ("logits", "generation")]
-    if not compared or not all(result.measurements for result in compared):
+    """The prompts on both sides, where both levels that compare them were run."""
+    compared = [results.get(name, LevelResult()) for name in _PROMPT_LEVELS]
+    if not all(result.measurements for result in compared):
         return ()
     return tuple(describe_prompt(context, prompt) for prompt in context.prompts)
 

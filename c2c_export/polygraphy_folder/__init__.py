@@ -2,7 +2,8 @@
 
 In: a bundle's folder with its tokenizers, and its manifest. Out, per graph:
 
-    <graph>.py              `load_data` for `polygraphy run … --data-loader-script`: `decoder_data.py` or `fuser_data.py`
+    <graph>.py              `load_data` for `polygraphy run … --data-loader-script`, from `decoder_data.py` or
+                            `fuser_data.py`
     <graph>.json            what that script feeds: the graph's inputs, the capacity, token ids of a few prompts
     <graph>.input-shapes    `--input-shapes …`, for `polygraphy … $(cat <graph>.input-shapes)`
     <graph>.trt-shapes      `--trt-min-shapes … --trt-opt-shapes … --trt-max-shapes …`, the profiles that `build` takes

@@ -79,6 +79,14 @@ def trace_fuser(
     return program.model
 
 
+def projector_modules(fuser: FuserCheckpoint) -> torch.nn.ModuleDict:
+    """The modules that are traced, by projector; each has the sides `key` and `value`.
+
+    A side takes the sharer's rows [1,N,Hs*Ds] and the receiver's [1,N,Ht*Dt] and gives the correction [1,Ht,N,Dt].
+    """
+    return torch.nn.ModuleDict({str(index): _Projector(weights) for index, weights in fuser.projectors.items()})
+
+
 def _names(prefix: str, layers: list[int]) -> list[str]:
     return [f"{prefix}{kind}.{layer}" for layer in layers for kind in ("key", "value")]
 
@@ -90,7 +98,7 @@ class _Fuser(torch.nn.Module):
         super().__init__()
         self.links = fuser.links
         self.sharer_index = {layer: i for i, layer in enumerate(sharer_layers)}
-        self.projectors = torch.nn.ModuleDict({str(i): _Projector(w) for i, w in fuser.projectors.items()})
+        self.projectors = projector_modules(fuser)
 
     def forward(
         self,

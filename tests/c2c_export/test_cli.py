@@ -52,7 +52,13 @@ def plain(text: str) -> str:
         (
             "bench",
             "--engine --precision --threads --prompt-tokens --batch --new-tokens --repeats --seed --json --plot "
-            "--roofline --text-to-text --reference --reference-python --receiver --sharer --fuser",
+            "--roofline --text-to-text --reference --reference-python --receiver --sharer --fuser --allow-unchecked "
+            "--allow-failed",
+        ),
+        (
+            "check",
+            "--receiver --sharer --fuser --receiver-chat-template --sharer-chat-template --engine --precision "
+            "--prompts --level --questions --new-tokens --bisect --report --json --save-results --threads",
         ),
         ("doctor", "--json"),
         (
@@ -63,7 +69,8 @@ def plain(text: str) -> str:
         (
             "generate",
             "--prompt -p --system --fuse --no-fuse --sharer --max-new-tokens --stop --temperature --top-k --top-p "
-            "--min-p --repetition-penalty --seed --ignore-eos --engine --precision --threads --timings",
+            "--min-p --repetition-penalty --seed --ignore-eos --engine --precision --threads --allow-unchecked "
+            "--allow-failed --timings",
         ),
     ],
 )
@@ -228,7 +235,8 @@ def test_what_the_system_refuses_is_an_error_of_one_line(run_cli: RunCli, tmp_pa
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has the device that is always full")
 def test_output_into_a_full_disk_ends_with_one_line(bundle: Path) -> None:
-    for arguments in (("inspect", bundle), ("generate", bundle, "-p", PROMPT, "--max-new-tokens", 4)):
+    generate = ("generate", bundle, "-p", PROMPT, "--max-new-tokens", 4, "--allow-unchecked")
+    for arguments in (("inspect", bundle), generate):
         with Path("/dev/full").open("w") as full:
             done = run_program(*arguments, stdout=full)
         assert done.returncode == 1

@@ -64,12 +64,14 @@ def find_misfits(stored: Stored, trained: FloatArray) -> Misfits | None:
     width = 1 if stored.blocks is None else stored.blocks.block_size
     wrong_parts = []
     for rows in _some_rows(len(expected)):
-        if stored.blocks is None:
+        if stored.blocks is not None:
+            wrong_parts.append(_wrong_blocks(stored.blocks.rows(rows.start, rows.stop), expected[rows]))
+        elif stored.dtype in _MANTISSA_BITS:
             allowed = _half_unit(expected[rows], stored.dtype)
             # Written so that what is not a number is wrong.
             wrong_parts.append(~(np.abs(numbers[rows] - expected[rows]) <= allowed))
         else:
-            wrong_parts.append(_wrong_blocks(stored.blocks.rows(rows.start, rows.stop), expected[rows]))
+            wrong_parts.append(numbers[rows] != expected[rows])
     wrong = np.concatenate(wrong_parts)
     if not wrong.any():
         return None
@@ -95,9 +97,7 @@ def _some_rows(num_rows: int) -> Iterator[slice]:
 
 
 def _half_unit(numbers: FloatArray, dtype: ir.DataType) -> NDArray[np.float64]:
-    """Half a unit in the last place of `dtype` at each number; 0 for float32, which holds them as they are."""
-    if dtype not in _MANTISSA_BITS:
-        return np.zeros(numbers.shape)
+    """Half a unit in the last place of `dtype`, one of `_MANTISSA_BITS`, at each number."""
     _, exponents = np.frexp(numbers.astype(np.float64))
     return np.maximum(np.ldexp(0.5, exponents - _MANTISSA_BITS[dtype]), _SMALLEST_STEP[dtype] / 2)
 

@@ -11,9 +11,12 @@ Not covered: whether the weights are the trained ones (level `weights`), and how
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
+from c2c_export.bundle import EngineRecord
+from c2c_export.check.changed_graph import keep_activations_in_float, load_changed
 from c2c_export.check.compare_graph import Compared, compare_graph
 from c2c_export.check.comparing import LOGITS, Tolerances, layer_of
 from c2c_export.check.diagnosis.decoder import diagnose_decoder
@@ -24,31 +27,50 @@ from c2c_export.check.level import CheckContext, LevelResult
 from c2c_export.check.tolerances import tolerance
 from c2c_export.check_record import Divergence, Kind, Measurement
 from engines.base import Engine
+from engines.targets import target_of
 
 
 def check_graphs(context: CheckContext) -> LevelResult:
     """See the module's docstring. Raises `C2CError` where this machine cannot run the engine."""
     measurements: list[Measurement] = []
     divergences: list[Divergence] = []
+    precision = precision_of_activations(context.record)
     for case in graph_cases(context):
         engine = context.engine.load_graph(case.graph)
         wrong = list(wrong_interface(case, engine))
         if wrong:
             divergences += wrong
             continue
-        found = _compare(context, case, engine)
+        model = context.engine.model(case.graph)
+        rounded = keep_activations_in_float(model)
+        if rounded:
+            exact = load_changed(context, case.graph, model)
+            found = _compare(case, exact, graph_tolerances(case.graph, precision), None)
+            measurements += found.measurements(case, ", activations in float32")
+            divergences += found.divergences
+            if found.divergences:
+                continue  # the engine as it is would show the same, less clearly
+        folder = context.options.save_results
+        save_to = None if folder is None else folder / context.name / case.graph
+        found = _compare(case, engine, graph_tolerances(case.graph, precision, rounded=rounded), save_to)
         measurements += found.measurements(case)
         divergences += found.divergences
     return LevelResult(measurements, divergences)
 
 
-def graph_tolerances(graph: str, precision: str) -> Tolerances:
-    """What this level tolerates of the graph's outputs."""
+def precision_of_activations(record: EngineRecord) -> str:
+    """What the engine computes in: on a GPU, weights in integers are multiplied in float16."""
+    on_cpu = not target_of(record.target).needs_gpu_to_run
+    return record.precision if on_cpu or record.precision not in ("int8", "int4") else "fp16"
+
+
+def graph_tolerances(graph: str, precision: str, *, rounded: bool = False) -> Tolerances:
+    """What this level tolerates of the graph's outputs; `rounded` where its products round activations to 8 bits."""
     if graph.startswith("fuser"):
-        return Tolerances(_at_most("fuser corrections", precision))
-    if graph.startswith("sharer"):
-        return Tolerances(_at_most("sharer caches", precision))
-    return Tolerances(_at_most("receiver caches", precision), _at_most("receiver logits", precision))
+        return Tolerances(_at_most("corrections", precision))
+    suffix = ", activations in 8 bits" if rounded else ""
+    logits = 0.0 if graph.startswith("sharer") else _at_most(f"logits{suffix}", precision)
+    return Tolerances(_at_most(f"caches{suffix}", precision), logits)
 
 
 def wrong_interface(case: GraphCase, engine: Engine) -> Iterator[Divergence]:
@@ -76,21 +98,19 @@ class _Found:
     changed_rows: int = 0
     divergences: list[Divergence] = field(default_factory=list)
 
-    def measurements(self, case: GraphCase) -> Iterator[Measurement]:
-        what = f"{case.graph} corrections" if case.is_fuser else f"{case.graph} caches"
+    def measurements(self, case: GraphCase, suffix: str = "") -> Iterator[Measurement]:
+        caches = f"{case.graph} {'corrections' if case.is_fuser else 'caches'}{suffix}"
         if "caches" in self.worst:
-            yield Measurement(name=what, value=self.worst["caches"], at_most=self.tolerances.caches)
+            yield Measurement(name=caches, value=self.worst["caches"], at_most=self.tolerances.caches)
         if LOGITS in self.worst:
-            name = f"{case.graph} logits"
+            name = f"{case.graph} logits{suffix}"
             yield Measurement(name=name, value=self.worst[LOGITS], at_most=self.tolerances.logits)
-        yield Measurement(name=f"{case.graph} other rows changed", value=self.changed_rows, at_most=0)
+        yield Measurement(name=f"{case.graph} other rows changed{suffix}", value=self.changed_rows, at_most=0)
 
 
-def _compare(context: CheckContext, case: GraphCase, engine: Engine) -> _Found:
-    found = _Found(graph_tolerances(case.graph, context.record.precision))
-    folder = context.options.save_results
-    save_to = None if folder is None else folder / context.name / case.graph
-    for compared in compare_graph(case, engine, found.tolerances, save_to):
+def _compare(case: GraphCase, engine: Engine, tolerances: Tolerances, save_to: Path | None) -> _Found:
+    found = _Found(tolerances)
+    for compared in compare_graph(case, engine, tolerances, save_to):
         for name, result in compared.results.items():
             group = LOGITS if name == LOGITS else "caches"
             found.worst[group] = max(found.worst.get(group, 0.0), result.relative_error)
@@ -116,7 +136,7 @@ def describe(case: GraphCase, compared: Compared, output: str) -> Divergence:
     several = len(compared.feed.written) > 1
     where = f"slot {slot}" if output == LOGITS else f"{f'slot {slot}, ' if several else ''}row {row}"
     diagnosis = diagnose_fuser(diverged, case.trained) if case.is_fuser else diagnose_decoder(diverged, case.trained)
-    added = f"Calls without {compared.feed.adds} agree." if compared.feed.adds else ""
+    added = f"Calls before it agree; this one adds {compared.feed.adds}." if compared.feed.adds else ""
     sentences = [f"{compared.feed.name}: {where} is {error}.", diagnosis, added]
     message = " ".join(sentence for sentence in sentences if sentence)
     return _divergence(case.graph, output, message, None if output == LOGITS else head, row)

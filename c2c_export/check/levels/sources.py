@@ -7,9 +7,7 @@ models'; each tokenizer, chat template and alignment table that differs from one
 Not covered: the graphs, see the level `weights`.
 """
 
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 from c2c_export.check.exported.alignment import check_alignment
 from c2c_export.check.exported.links import check_flags, check_links
@@ -19,7 +17,6 @@ from c2c_export.check.graph.fuser_wiring import open_gates
 from c2c_export.check.level import CheckContext, LevelResult
 from c2c_export.check.tolerances import measured
 from c2c_export.check_record import Divergence
-from c2c_export.tokenizer import BundledTokenizer
 
 
 def check_sources(context: CheckContext) -> LevelResult:
@@ -74,25 +71,12 @@ def _check_fusers(context: CheckContext) -> Iterator[Divergence]:
 
 
 def _check_tokens(context: CheckContext) -> Iterator[Divergence]:
-    bundle, trained = context.bundle, context.trained
-    with tempfile.TemporaryDirectory(prefix="c2c-export-") as folder:
-        new = Path(folder)
-        receiver_source = trained.receiver_source
-        yield from check_tokenizer("receiver", bundle.tokenizer_folder(), receiver_source, new / "receiver")
-        # Where the manifest and the fusers disagree, which its flags tell, one side has no table.
-        if not bundle.manifest.aligned or not all(fuser.checkpoint.aligned for fuser in trained.fusers):
-            return
-        receiver = BundledTokenizer.load(new / "receiver")
-        for number, (source, fuser) in enumerate(zip(trained.sharer_sources, trained.fusers, strict=True)):
-            written = new / f"sharer{number}"
-            yield from check_tokenizer(f"sharer{number}", bundle.tokenizer_folder(number), source, written)
-            difference = check_alignment(
-                number,
-                bundle.alignment_file(number),
-                receiver,
-                BundledTokenizer.load(written),
-                receiver_vocab=receiver_source.shape.vocab_size,
-                strategy=fuser.checkpoint.alignment_strategy,
-            )
-            if difference is not None:
-                yield difference
+    bundle, new = context.bundle, context.trained.tokens
+    yield from check_tokenizer("receiver", bundle.tokenizer_folder(), new.files[0])
+    # Where manifest and fusers disagree about alignment, which the flags tell, one side has no table.
+    for number, table in enumerate(new.tables if bundle.manifest.aligned else ()):
+        yield from check_tokenizer(f"sharer{number}", bundle.tokenizer_folder(number), new.files[number + 1])
+        file = bundle.alignment_file(number)
+        difference = check_alignment(file, table, new.tokenizers[0], new.tokenizers[number + 1])
+        if difference is not None:
+            yield difference

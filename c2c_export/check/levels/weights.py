@@ -47,7 +47,7 @@ def check_weights(context: CheckContext) -> LevelResult:
     trained = _trained_graphs(context)
     others = [*_graph_differences(context, trained), *_changed_sources(context)]
     shown, num_parameters, num_wrong, num_others = list(others), 0, 0, len(others)
-    for name in context.record.graphs.keys() & trained.keys():
+    for name in [name for name in context.record.graphs if name in trained]:
         engine = _check_graph(context, name, context.engine.model(name), context.record.precision)
         portable = _check_portable(context, name)
         num_parameters += engine.num_parameters

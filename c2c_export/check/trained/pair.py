@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from c2c_export.bundle import Manifest, ModelRecord
+from c2c_export.check.exported.tokens import NewTokens, make_tokens
 from c2c_export.check.options import CheckOptions
 from c2c_export.check.trained.answer import TrainedAnswers
 from c2c_export.check.trained.decoder import TrainedDecoder
@@ -41,6 +42,13 @@ class TrainedPair:
     def answers(self) -> TrainedAnswers:
         """What the pair answers, each prompt computed once: every engine of a bundle is compared with the same."""
         return TrainedAnswers(self.receiver, self.sharers, self.fusers)
+
+    @cached_property
+    def tokens(self) -> NewTokens:
+        """Tokenizers and alignment tables made anew. Raises `C2CError` for a tokenizer that a bundle cannot hold."""
+        checkpoints = [fuser.checkpoint for fuser in self.fusers]
+        strategies = [checkpoint.alignment_strategy if checkpoint.aligned else None for checkpoint in checkpoints]
+        return make_tokens(self.receiver_source, self.sharer_sources, strategies)
 
     @classmethod
     def load(cls, manifest: Manifest, options: CheckOptions) -> "TrainedPair":
@@ -80,8 +88,9 @@ def _check_counts(manifest: Manifest, options: CheckOptions) -> None:
         ("--sharer-chat-template", options.sharer_chat_templates, count if manifest.aligned else 0),
     ):
         if given and len(given) != expected:
+            why = "" if expected == count else ", which read the receiver's tokens"
             raise UsageError(
-                f"{len(given)} {option} given; the bundle has {count} sharer(s), expected {expected} or none"
+                f"{len(given)} {option} given, expected {expected or 'none'}: the bundle has {count} sharer(s){why}"
             )
 
 

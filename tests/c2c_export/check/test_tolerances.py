@@ -4,19 +4,23 @@ import pytest
 
 from c2c_export.check.tolerances import _TABLE, measured, tolerance
 from c2c_export.check_record import LEVELS
-from engines.targets import PRECISIONS
 
 
+@pytest.mark.parametrize("finer_to_coarser", [("fp32", "fp16", "bf16"), ("fp32", "int8", "int4")])
 @pytest.mark.parametrize("key", _TABLE, ids=lambda key: f"{key[0]}-{key[1]}")
-def test_a_coarser_precision_is_never_held_to_a_tighter_bound(key):
+def test_a_coarser_precision_is_never_held_to_a_tighter_bound(key, finer_to_coarser):
     level, name = key
-    assert level in LEVELS
-    bounds = [tolerance(level, name, precision) for precision in PRECISIONS]
+    bounds = [tolerance(level, name, precision) for precision in finer_to_coarser]
     assert all(bound.reason for bound in bounds)
     upper = [bound.at_most for bound in bounds if bound.at_most is not None]
     assert upper == sorted(upper)
     lower = [bound.at_least for bound in bounds if bound.at_least is not None]
     assert lower == sorted(lower, reverse=True)
+
+
+def test_rows_are_in_the_order_of_the_levels():
+    levels = [LEVELS.index(level) for level, _ in _TABLE]
+    assert levels == sorted(levels)
 
 
 def test_a_measurement_without_a_row_is_only_told():

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from c2c_export.check.html import write_html
 from c2c_export.check.html.write import render
 from c2c_export.check.report import CheckReport
-from c2c_export.check_record import CheckRecord, Divergence, LevelRecord, Measurement
+from c2c_export.check_record import LEVELS, CheckRecord, Divergence, LevelRecord, Measurement
 
 HOSTILE = "</style></title><script>alert('x')</script>\" onload='y' <!-- {{ 7 * 7 }} {% raw %} &amp;"
 
@@ -275,3 +275,18 @@ def test_the_file_is_replaced_whole(tmp_path: Path):
     assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(OSError, match="absent"):
         write_html(make_report(), tmp_path / "absent" / "report.html")
+
+
+def test_a_sharer_alone_is_asked_in_torch_only():
+    assert "sharer 0 56.2 % asked in torch only: a bundle has no LM head of it 64" in page_of(make_report()).text
+
+
+def test_a_pass_of_some_levels_is_not_shown_as_a_pass_of_all():
+    report = make_report()
+    sentence = "Not run: weights, graphs, questions. The engine is not marked as passed in its bundle"
+    assert page_of(report).text.count(sentence) == 1
+    levels = tuple(LevelRecord(name=name, passed=True, seconds=1.0) for name in LEVELS if name != "questions")
+    check = report.engines[0].check.model_copy(update={"levels": levels})
+    text = page_of(with_first_engine(report, check=check)).text
+    assert "Not run: questions." in text
+    assert "not marked as passed" not in text
