@@ -30,7 +30,7 @@ from c2c_export.bundle import (
 )
 from c2c_export.bundle_lock import locked
 from c2c_export.cache import cache_folder
-from c2c_export.errors import C2CError
+from c2c_export.errors import C2CError, UsageError
 from c2c_export.progress import Step
 from c2c_export.staging import is_disk_full, partial_folder
 from engines.lowering import LoweredGraph, lower, save_lowered, weights_of
@@ -66,6 +66,8 @@ def build(options: BuildOptions, step: Step, progress: BuildProgress | None = No
 def add_engine(bundle: Bundle, options: BuildOptions, step: Step, progress: BuildProgress | None = None) -> BuildResult:
     """As `build`, of a bundle that is open already; `options.bundle` names its folder."""
     plan = plan_build(options, check_options(options), bundle)
+    if options.keep_onnx is not None:
+        _make_folder(options.keep_onnx)  # before the work that it is to keep
     previous = bundle.manifest.engines.get(plan.name)
     if previous is not None and not options.rebuild and plan.equals(previous):
         if options.keep_onnx is not None:
@@ -203,11 +205,17 @@ def _keep_lowered(plan: BuildPlan, bundle: Bundle, folder: Path, step: Step) -> 
 def _keep(onnx_path: Path, weights: Path, folder: Path) -> None:
     """Copy a lowered graph and its weights into `folder`."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for file in (onnx_path, weights):
             shutil.copy2(file, folder / file.name)
     except OSError as error:
         raise C2CError(f"--keep-onnx {folder}: cannot be written: {error.strerror}") from error
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--keep-onnx {folder}: cannot be written: {error.strerror}") from error
 
 
 def _add_to_bundle(root: Path, name: str, record: EngineRecord, staging: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from c2c_export.bundle import Bundle, EngineRecord
+from c2c_export.bundle import Bundle, EngineRecord, ModelRecord
 from c2c_export.errors import C2CError, UsageError
 from c2c_export.tokenizer import BundledTokenizer
 from engines.base import Device, Engine
@@ -238,14 +238,17 @@ def _load_engines(bundle: Bundle, record: EngineRecord, num_slots: int, num_thre
         path, weights_folder = bundle.file(record.graphs[name]), bundle.weights_folder(record)
         return load_engine(record.target, path, device, num_threads, weights_folder)
 
-    def decoder(name: str, device: Device) -> Decoder:
-        return Decoder(load(name, device), num_slots, manifest.max_length)
+    def decoder(name: str, model: ModelRecord, device: Device) -> Decoder:
+        return Decoder(load(name, device), num_slots, manifest.max_length, model.vocab_size)
 
     computed = [number for number in range(len(manifest.sharers)) if f"fuser{number}" in record.graphs]
     # Every model has a queue of its own, so that all prefill at once; a fuser changes the receiver's caches.
     device = new_device(record.target)
-    receiver = decoder("receiver", device)
-    sharers = {number: decoder(f"sharer{number}", new_device(record.target)) for number in computed}
+    receiver = decoder("receiver", manifest.receiver, device)
+    sharers = {
+        number: decoder(f"sharer{number}", manifest.sharers[number].model, new_device(record.target))
+        for number in computed
+    }
     fusers = {number: Fuser(load(f"fuser{number}", device), manifest.max_length) for number in computed}
     return _Engines(receiver, Prefiller(receiver, sharers, fusers))
 

@@ -230,7 +230,7 @@ def test_lowered_graphs_are_kept_where_asked_and_are_what_the_engine_was_built_f
 def test_a_folder_that_lowered_graphs_cannot_be_kept_in_is_named(options: BuildOptions, tmp_path: Path):
     (tmp_path / "file").write_text("")
     before = files_of(options.bundle)
-    with pytest.raises(C2CError, match=r"^--keep-onnx .*/file/kept: cannot be written: Not a directory"):
+    with pytest.raises(UsageError, match=r"^--keep-onnx .*/file/kept: cannot be written: Not a directory"):
         built(replace(options, keep_onnx=tmp_path / "file" / "kept"))
     assert files_of(options.bundle) == before
 
