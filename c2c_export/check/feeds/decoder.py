@@ -4,10 +4,11 @@ In: the model's tokens of real prompts, its cache layout, its trained side. Out:
 
 - each prompt from row 0, gaps in its positions included, behind it rows of garbage that no token may see;
 - the second half of the longest prompt over its first half, and over random rows;
-- the same with a closing padding row, which sees all others but not itself;
+- a prompt with a closing padding row, which sees all others but not itself;
 - if the model has a sliding window, a chunk whose positions leave a gap, so that the window ends among its rows;
-- steps of one token for 2, 3 and 4 slots at once, each slot in turn with few rows, where one row more or less is seen
-  most, and with all rows that the capacity has.
+- a step of one token for several slots, each with another number of the prompt's rows;
+- steps over random rows for 2, 3 and 4 slots at once, each slot in turn with few rows, where one row more or less
+  matters most, and with all rows that the capacity has.
 
 Caches in the feeds are shared between feeds: read, never written.
 """
@@ -64,14 +65,17 @@ def decoder_feeds(
     if half:
         rest = longest.tokens.ids[half:], longest.tokens.position_ids[half:]
         earlier = with_rows(random, {name: real[name] for name in layout.names}, half)
-        for caches, what in ((earlier, "a prompt's second half"), (garbage, "tokens behind random rows")):
-            before = longest.tokens.position_ids[:half]
-            call = _Call(caches, *rest, write_index=half, positions_before=before)
-            yield call.feed(f"{what}, from row {half} on", "how rows of earlier calls are seen")
+        before, adds = longest.tokens.position_ids[:half], "how rows of earlier calls are seen"
+        call = _Call(earlier, *rest, write_index=half, positions_before=before)
+        yield call.feed(f"a prompt's second half, from row {half} on", adds=adds)
+        call = _Call(garbage, *rest, write_index=half, positions_before=before)
+        yield call.feed(f"tokens behind random rows, from row {half} on", over_random_rows=True, adds=adds)
     yield from _padded(prompts, longest, garbage, layout.capacity)
     if limits.window is not None and half:
         yield from _windowed(longest.tokens, half, garbage, limits)
-    yield from _steps(with_rows(random, real, num_rows), random, longest.tokens, layout, limits)
+    own = with_rows(random, {name: real[name] for name in layout.names}, num_rows)
+    yield _own_step(own, longest.tokens, layout, num_slots)
+    yield from _steps(own, random, longest.tokens, layout, limits)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +93,7 @@ class _Call:
     def of_prompt(cls, tokens: ModelTokens, caches: Caches) -> "_Call":
         return cls(caches, tokens.ids, tokens.position_ids)
 
-    def feed(self, name: str, adds: str = "") -> GraphFeed:
+    def feed(self, name: str, *, over_random_rows: bool = False, adds: str = "") -> GraphFeed:
         num_tokens, capacity = len(self.ids), next(iter(self.caches.values())).shape[2]
         stop = self.write_index + num_tokens
         row_positions = np.zeros((1, capacity), dtype=np.int64)
@@ -103,7 +107,9 @@ class _Call:
             "last_token": np.array([num_tokens - 1]),
             "row_position_ids": row_positions,
         }
-        return GraphFeed(name, {**inputs, **as_inputs(self.caches)}, (range(self.write_index, stop),), adds)
+        return GraphFeed(
+            name, {**inputs, **as_inputs(self.caches)}, (range(self.write_index, stop),), over_random_rows, adds
+        )
 
 
 def _padded(
@@ -117,16 +123,10 @@ def _padded(
         prompt = DecoderPrompt(ModelTokens(ids, positions), (int(ids[0]), int(positions[-1]) + 4))
     assert prompt.closing_padding is not None
     token, position = prompt.closing_padding
-    half = len(prompt.tokens.ids) // 2
-    call = _Call(
-        caches,
-        np.append(prompt.tokens.ids[half:], token),
-        np.append(prompt.tokens.position_ids[half:], position),
-        write_index=half,
-        positions_before=prompt.tokens.position_ids[:half],
-        num_hidden=1,
+    ids, positions = np.append(prompt.tokens.ids, token), np.append(prompt.tokens.position_ids, position)
+    yield _Call(caches, ids, positions, num_hidden=1).feed(
+        "a prompt with a closing padding row", adds="the mask of rows from kv_length on"
     )
-    yield call.feed("tokens with a closing padding row", "the mask of rows from kv_length on")
 
 
 def _windowed(tokens: ModelTokens, half: int, caches: Caches, limits: DecoderLimits) -> Iterator[GraphFeed]:
@@ -137,7 +137,21 @@ def _windowed(tokens: ModelTokens, half: int, caches: Caches, limits: DecoderLim
     positions = np.arange(len(tokens.ids) - half) + limits.window + half // 2
     if int(positions[-1]) < limits.max_positions:
         call = _Call(caches, tokens.ids[half:], positions, write_index=half, positions_before=before)
-        yield call.feed("tokens whose sliding window ends among earlier rows", "the sliding window")
+        yield call.feed(
+            "tokens whose sliding window ends among earlier rows", over_random_rows=True, adds="the sliding window"
+        )
+
+
+def _own_step(own: Caches, tokens: ModelTokens, layout: CacheLayout, num_slots: int) -> GraphFeed:
+    """One token for each of several slots, which all have the prompt's rows, each another number of them."""
+    num_rows = min(len(tokens.ids), layout.capacity - 1)
+    rows = np.array([num_rows, num_rows // 2, min(5, num_rows), min(2, num_rows)][:num_slots])
+    positions = np.append(tokens.position_ids[:num_rows], tokens.position_ids[num_rows - 1] + 1)
+    row_positions = np.zeros((len(rows), layout.capacity), dtype=np.int64)
+    row_positions[:, : num_rows + 1] = positions
+    ids = np.append(tokens.ids[:num_rows], tokens.ids[0])
+    caches = {name: np.concatenate([array] * len(rows)) for name, array in own.items()}
+    return _step_of(caches, ids[rows], row_positions, rows, over_random_rows=False)
 
 
 def _steps(
@@ -163,15 +177,28 @@ def _step(caches: Caches, tokens: ModelTokens, rows: NDArray[np.int64], limits: 
     for slot in range(1, num_slots):
         # Each but the first has another gap, where the model has positions left for it.
         row_positions[slot, 2:] += min(slot, limits.max_positions - capacity)
+    ids = tokens.ids[np.arange(num_slots) % len(tokens.ids)]
+    used = {name: array[:num_slots] for name, array in caches.items()}
+    return _step_of(used, ids, row_positions, rows, over_random_rows=True)
+
+
+def _step_of(
+    caches: Caches,
+    ids: NDArray[np.int64],
+    row_positions: NDArray[np.int64],
+    rows: NDArray[np.int64],
+    *,
+    over_random_rows: bool,
+) -> GraphFeed:
     inputs = {
-        "input_ids": tokens.ids[np.arange(num_slots) % len(tokens.ids)][:, None],
-        "position_ids": row_positions[np.arange(num_slots), rows][:, None],
+        "input_ids": ids[:, None],
+        "position_ids": row_positions[np.arange(len(rows)), rows][:, None],
         "write_index": rows,
         "kv_length": rows + 1,
-        "last_token": np.zeros(num_slots, dtype=np.int64),
+        "last_token": np.zeros(len(rows), dtype=np.int64),
         "row_position_ids": row_positions,
     }
-    used = {name: array[:num_slots] for name, array in caches.items()}
-    name = f"a step of {num_slots} slots with {', '.join(str(row + 1) for row in rows)} rows"
+    name = f"a step of {len(rows)} slots with {', '.join(str(row + 1) for row in rows)} rows"
     written = tuple(range(int(row), int(row) + 1) for row in rows)
-    return GraphFeed(name, {**inputs, **as_inputs(used)}, written, "steps of several slots with rows of their own")
+    adds = "steps of several slots with rows of their own"
+    return GraphFeed(name, {**inputs, **as_inputs(caches)}, written, over_random_rows, adds)

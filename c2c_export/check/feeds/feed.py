@@ -16,6 +16,8 @@ class GraphFeed:
     inputs: Mapping[str, NDArray[Any]]
     written: Sequence[range]
     """By slot, the rows that the call writes; all others stay as they were fed."""
+    over_random_rows: bool = False
+    """Whether its tokens attend to random rows. They see masks best, but magnify rounding as no prompt does."""
     adds: str = ""
     """What this call needs beyond those before it: where the others passed, the first thing to look at."""
 
