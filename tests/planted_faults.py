@@ -208,7 +208,7 @@ def product(graph: ir.Graph, module: str) -> ir.Node:
 def replace(graph: ir.Graph, node: ir.Node, index: int, array: np.ndarray) -> None:
     """Let `node` alone read another constant."""
     old = node.inputs[index]
-    node.replace_input_with(index, _constant(graph, f"{old.name}.planted", array))
+    node.replace_input_with(index, _constant(graph, f"{old.name}.planted.{node.name}.{index}", array))
     if not old.uses():
         graph.initializers.pop(old.name)
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from c2c_export.check.graph.activations import evaluate
 from c2c_export.check.graph.masks import explained_by_masks
-from c2c_export.check.graph.modules import decoder_layer
+from c2c_export.check.graph.modules import decoder_layer, submodule
 from c2c_export.check.graph.norms import epsilon_problem
 from c2c_export.check.graph.rotary import rotary_problem
 from c2c_export.check.graph.weights import GraphWeights, OtherConstant
@@ -53,17 +53,15 @@ def check_decoder_constants(
 
 
 def _norm_problem(node: ir.Node, module: str, trained: PreTrainedModel) -> str | None:
-    try:
-        norm = trained.get_submodule(module)
-    except AttributeError:
-        return "the model has no such norm"
+    norm = submodule(trained, module)
     epsilon = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     return "the model's norm has no epsilon" if epsilon is None else epsilon_problem(node, float(epsilon))
 
 
 def _attention_problem(node: ir.Node, module: str, trained: PreTrainedModel) -> str | None:
-    attention = trained.get_submodule(module)
-    config = trained.config
+    attention, config = submodule(trained, module), trained.config
+    if attention is None or not hasattr(attention, "scaling"):
+        return "the model has no such attention"
     expected = {"num_heads": config.num_attention_heads, "kv_num_heads": config.num_key_value_heads}
     for attribute in _ATTENTION_SIZES[node.op_type]:
         found = node.attributes.get_int(attribute, 0)
@@ -86,9 +84,9 @@ def _check_activations(name: str, graph: ir.Graph, trained: PreTrainedModel) -> 
             nodes_of.setdefault(module, []).append(node)
     points = torch.from_numpy(_POINTS)
     for module, nodes in nodes_of.items():
-        found = evaluate(nodes, _POINTS)
+        found, activation = evaluate(nodes, _POINTS), submodule(trained, module)
         with torch.no_grad():
-            expected = trained.get_submodule(module)(points).numpy()
+            expected = _POINTS if activation is None else activation(points).numpy()
         if found is None or not np.all(np.abs(found - expected) <= _ACTIVATION_ERROR):
             operators = ", ".join(node.op_type for node in nodes)
             message = f"{module}: {operators} do not compute the model's activation function"
@@ -120,7 +118,7 @@ def _other_problem(other: OtherConstant, trained: PreTrainedModel) -> str | None
     if _caps_logits(other) and getattr(trained.config, "final_logit_softcapping", None) is not None:
         return None
     if other.module.endswith("embed_tokens") and node.op_type == "Mul":
-        scale = getattr(trained.get_submodule(other.module), "embed_scale", None)
+        scale = getattr(submodule(trained, other.module), "embed_scale", None)
         expected = 1.0 if scale is None else float(scale)
         found = other.read()
         if found.size == 1 and np.all(found == np.float32(expected)):

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from transformers import PreTrainedModel
 
 from c2c_export.check.graph.modules import decoder_layer
-from c2c_export.check.graph.paths import PRODUCTS, follow_back
+from c2c_export.check.graph.paths import PRODUCTS, follow_back, name_of, operand
 from c2c_export.check_record import Divergence, Kind
 from engines.model_layers import model_layer
 
@@ -76,14 +76,14 @@ def _cache_problem(value: ir.Value, trained: PreTrainedModel, layer: int, kind: 
     if node is None or node.op_type not in ("TensorScatter", "GroupQueryAttention"):
         return "is not written by a cache update"
     if node.op_type == "TensorScatter":
-        past, new, write_index = node.inputs[:3]
-        if str(write_index.name) != "write_index" or node.attributes.get_int("axis", -2) not in (2, -2):
+        past, new = operand(node, 0), operand(node, 1)
+        if name_of(operand(node, 2)) != "write_index" or node.attributes.get_int("axis", -2) not in (2, -2):
             return f"is written to other rows than those from write_index on, by node {node.name}"
     else:
         is_key = value is node.outputs[1]
-        new, past = node.inputs[1 if is_key else 2], node.inputs[3 if is_key else 4]
-    if str(past.name) != f"past_{kind}.{layer}":
-        return f"is {past.name} with new rows, expected past_{kind}.{layer} with new rows"
+        new, past = operand(node, 1 if is_key else 2), operand(node, 3 if is_key else 4)
+    if name_of(past) != f"past_{kind}.{layer}":
+        return f"is {name_of(past)} with new rows, expected past_{kind}.{layer} with new rows"
     path = follow_back(new)
     expected = f"model.layers.{layer}.self_attn.{'k' if kind == 'key' else 'v'}_proj"
     found = "no projection" if path.source is None else model_layer(path.source)
@@ -105,9 +105,9 @@ def _cache_problem(value: ir.Value, trained: PreTrainedModel, layer: int, kind: 
 
 def _attention_problem(node: ir.Node, layer: int | None) -> str | None:
     if node.op_type == "GroupQueryAttention":
-        read = [str(value.name) for value in node.outputs[1:3]]
+        read = [name_of(value) for value in node.outputs[1:3]]
     else:
-        read = [str(value.name) for value in node.inputs[1:3]]
+        read = [name_of(operand(node, 1)), name_of(operand(node, 2))]
     expected = [f"key.{layer}", f"value.{layer}"]
     if read != expected:
         swapped = ": keys and values are swapped" if read == expected[::-1] else ""

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from c2c_export.check.graph.modules import ProjectorSide, projector_side
 from c2c_export.check.graph.norms import epsilon_problem
-from c2c_export.check.graph.paths import PRODUCTS, ancestors
+from c2c_export.check.graph.paths import PRODUCTS, ancestors, name_of, operand
 from c2c_export.check.graph.weights import GraphWeights
 from c2c_export.check_record import Divergence, Kind
 from c2c_export.checkpoint import FuserCheckpoint, ProjectorLink
@@ -123,10 +123,10 @@ def _correction_problem(
     node = value.producer()
     if node is None or node.op_type != "TensorScatter":
         return "is not written by a cache update"
-    past, write_index = str(node.inputs[0].name), str(node.inputs[2].name)
+    past, write_index = name_of(operand(node, 0)), name_of(operand(node, 2))
     if past != f"past_{gate.output}" or write_index != "write_index":
         return f"is {past} with rows written from {write_index} on, expected past_{gate.output} and write_index"
-    nodes, inputs = ancestors(node.inputs[1])
+    nodes, inputs = ancestors(operand(node, 1))
     sides = {projector_side(model_layer(node)) for node in nodes if node.op_type in PRODUCTS}
     expected_side = ProjectorSide(gate.link.projector, gate.kind)
     if not sides:

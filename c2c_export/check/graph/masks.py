@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 from transformers import PreTrainedModel
 
-from c2c_export.check.graph.modules import decoder_layer
-from c2c_export.check.graph.paths import ancestors
+from c2c_export.check.graph.modules import decoder_layer, submodule
+from c2c_export.check.graph.paths import ancestors, operand
 from c2c_export.check.graph.stored import is_constant, read_constant, read_constant_integers
 from c2c_export.check_record import Divergence
 from engines.model_layers import model_layer
@@ -34,7 +34,7 @@ def window_of(trained: PreTrainedModel, layer: int) -> int | None:
     """The window of a layer, in positions; None where it attends to everything."""
     if trained.config.model_type == "mistral":  # whose layers do not keep it
         return trained.config.sliding_window
-    return getattr(trained.get_submodule(f"model.layers.{layer}.self_attn"), "sliding_window", None)
+    return getattr(submodule(trained, f"model.layers.{layer}.self_attn"), "sliding_window", None)
 
 
 def check_masks(name: str, graph: ir.Model, trained: PreTrainedModel) -> Iterator[Divergence]:
@@ -44,7 +44,7 @@ def check_masks(name: str, graph: ir.Model, trained: PreTrainedModel) -> Iterato
         if node.op_type not in _MASK_OPERAND:
             continue
         layer = decoder_layer(model_layer(node))
-        mask = node.inputs[_MASK_OPERAND[node.op_type]] if len(node.inputs) > _MASK_OPERAND[node.op_type] else None
+        mask = operand(node, _MASK_OPERAND[node.op_type])
         window = None if layer is None else window_of(trained, layer)
         if mask is not None and (mask, window) in seen:
             continue

@@ -7,6 +7,8 @@ decoders, or "<projector>.<state name>" for fusers; layers; a projector's number
 import re
 from dataclasses import dataclass
 
+import torch
+
 from c2c_export.check_record import Kind
 
 _DECODER_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)(?:\.|$)")
@@ -54,3 +56,11 @@ def parameter_name(module: str, parameter: str, *, is_norm: bool = False) -> str
     inner = "in" if inner == "input" else re.sub(r"^(\w+)\.(\d+)", r"\1.blocks.\2", inner)
     norm = ".norm" if is_norm else ""
     return f"{projector}.{kind}_{inner}{norm}.{parameter}"
+
+
+def submodule(model: torch.nn.Module, name: str) -> torch.nn.Module | None:
+    """A module of the model; None where it has none of this name."""
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from c2c_export.check.graph.blocks import FloatArray
 from c2c_export.check.graph.rounding import find_misfits
-from c2c_export.check.graph.stored import FloatArray, Stored, UnreadableConstant
+from c2c_export.check.graph.stored import Stored, UnreadableConstant
 from c2c_export.check.graph.weights import GraphWeights, HeldWeight
 from c2c_export.check_record import Divergence, Kind
 

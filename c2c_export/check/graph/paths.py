@@ -1,6 +1,5 @@
 """Where a value of a graph comes from: backwards through what only moves or normalises it, or to all graph inputs."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -56,9 +55,14 @@ def ancestors(value: ir.Value | None) -> tuple[list[ir.Node], set[str]]:
     return list(nodes), inputs
 
 
-def producers(graph: ir.Graph, op_types: tuple[str, ...]) -> Iterator[ir.Node]:
-    """The nodes of `graph` of these operators, in order."""
-    return (node for node in graph if node.op_type in op_types)
+def operand(node: ir.Node, index: int) -> ir.Value | None:
+    """An input of a node; None where it has none there."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def name_of(value: ir.Value | None) -> str:
+    """A value's name; "nothing" for an input that is left out."""
+    return "nothing" if value is None else str(value.name)
 
 
 def _followed_input(node: ir.Node) -> ir.Value | None:

@@ -12,9 +12,10 @@ import numpy as np
 import onnx_ir as ir
 from transformers import PreTrainedModel
 
+from c2c_export.check.graph.blocks import FloatArray
 from c2c_export.check.graph.modules import decoder_layer
-from c2c_export.check.graph.paths import ancestors
-from c2c_export.check.graph.stored import FloatArray, is_constant, read_constant
+from c2c_export.check.graph.paths import ancestors, operand
+from c2c_export.check.graph.stored import is_constant, read_constant
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,13 +28,13 @@ class _Angles:
 def rotary_problem(node: ir.Node, module: str, trained: PreTrainedModel) -> str | None:
     """What of the rotation `node`, in the attention `module`, is not the model's; None if all of it is."""
     layer = decoder_layer(module)
-    if layer is None:
-        return "it rotates outside of any layer"
+    if layer is None or layer >= trained.config.num_hidden_layers:
+        return "it rotates outside of the model's layers"
     frequencies, scaling = _expected(trained, layer)
     if node.attributes.get_int("interleaved", 0) or node.attributes.get_int("rotary_embedding_dim", 0):
         return "it rotates other pairs of channels than the model"
-    for operand, operator in ((1, "Cos"), (2, "Sin")):
-        angles = _read_angles(node.inputs[operand], operator)
+    for index, operator in ((1, "Cos"), (2, "Sin")):
+        angles = _read_angles(operand(node, index), operator)
         if angles is None:
             return f"its {operator.lower()} is not that of positions times constant frequencies"
         problem = _frequencies_problem(angles.frequencies, frequencies)
@@ -59,17 +60,17 @@ def _read_angles(value: ir.Value | None, operator: str) -> _Angles | None:
     scaling = 1.0
     node = _before_casts(value)
     if node is not None and node.op_type == "Mul":
-        constant = next((read_constant(operand) for operand in node.inputs if is_constant(operand)), None)
+        constant = next((read_constant(value) for value in node.inputs if is_constant(value)), None)
         if constant is None or constant.numbers.size != 1:
             return None
         scaling = float(constant.numbers.reshape(-1)[0])
-        node = _before_casts(next(operand for operand in node.inputs if not is_constant(operand)))
+        node = _before_casts(next((value for value in node.inputs if not is_constant(value)), None))
     if node is None or node.op_type != operator:
         return None
-    product = _before_casts(node.inputs[0])
+    product = _before_casts(operand(node, 0))
     if product is None or product.op_type != "Mul":
         return None
-    constant = next((read_constant(operand) for operand in product.inputs if is_constant(operand)), None)
+    constant = next((read_constant(value) for value in product.inputs if is_constant(value)), None)
     nodes, inputs = ancestors(product.outputs[0])
     # Positions are only moved and cast on their way to the frequencies.
     computed = {node.op_type for node in nodes} - {"Mul", "Cast", "Unsqueeze", "Reshape", "Transpose", "Expand"}
@@ -81,7 +82,8 @@ def _read_angles(value: ir.Value | None, operator: str) -> _Angles | None:
 def _before_casts(value: ir.Value | None) -> ir.Node | None:
     node = None if value is None else value.producer()
     while node is not None and node.op_type in ("Cast", "Identity"):
-        node = node.inputs[0].producer()
+        source = operand(node, 0)
+        node = None if source is None else source.producer()
     return node
 
 

@@ -17,7 +17,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from c2c_export.check.graph.stored import FloatArray, IntegerBlocks, Stored
+from c2c_export.check.graph.blocks import FloatArray, IntegerBlocks
+from c2c_export.check.graph.stored import Stored
 
 _ROWS_AT_ONCE = 4096
 _MANTISSA_BITS = {ir.DataType.FLOAT16: 11, ir.DataType.BFLOAT16: 8}

@@ -17,9 +17,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from c2c_export.check.graph.blocks import FloatArray, IntegerBlocks
 from c2c_export.errors import C2CError
-
-FloatArray = NDArray[np.float32]
 
 _FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _UNCHANGED = ("Transpose", "Identity", "Cast")
@@ -29,54 +28,6 @@ _UNSIGNED = {ir.DataType.UINT4: 4, ir.DataType.UINT8: 8}
 
 class UnreadableConstant(C2CError):
     """A constant that is stored in a form which nothing here reads; the message says which node and what is wrong."""
-
-
-@dataclass(frozen=True, eq=False)
-class IntegerBlocks:
-    """A matrix [R,K] in integers: `block_size` columns of a row share a scale and a zero point.
-
-    A number is `scale * (integer - zero point)`, and where there are offsets that plus its block's offset.
-    """
-
-    bits: int
-    block_size: int
-    integers: NDArray[np.int16]
-    """[R,K]."""
-    scales: FloatArray
-    """[R,ceil(K/block_size)]."""
-    zero_points: NDArray[np.int16]
-    """Like the scales; all 0 where the operator has none."""
-    lowest: int
-    """The smallest integer that the type holds; the largest is `lowest + 2**bits - 1`."""
-    has_zero_points: bool
-    """Whether each block may have another zero point; else the grid lies about 0."""
-    offsets: FloatArray | None = None
-    """Like the scales."""
-
-    def blocked(self, array: NDArray[Any]) -> NDArray[Any]:
-        """`array` [R,K] as [R,blocks,block_size]; what lacks to whole blocks is 0."""
-        padding = self.scales.shape[1] * self.block_size - array.shape[1]
-        padded = np.pad(array, ((0, 0), (0, padding))) if padding else array
-        return padded.reshape(len(array), -1, self.block_size)
-
-    def numbers(self) -> FloatArray:
-        """[R,K] in float32."""
-        steps = (self.blocked(self.integers) - self.zero_points[:, :, np.newaxis]).astype(np.float32)
-        steps *= self.scales[:, :, np.newaxis]
-        if self.offsets is not None:
-            steps += self.offsets[:, :, np.newaxis]
-        return steps.reshape(len(steps), -1)[:, : self.integers.shape[1]]
-
-    def rows(self, start: int, stop: int) -> "IntegerBlocks":
-        """Those of rows `start` to `stop`."""
-        part = slice(start, stop)
-        return replace(
-            self,
-            integers=self.integers[part],
-            scales=self.scales[part],
-            zero_points=self.zero_points[part],
-            offsets=None if self.offsets is None else self.offsets[part],
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,12 +101,13 @@ def read_product_blocks(node: ir.Node) -> Stored:
     if any(value is not None for value in node.inputs[4:]):
         raise UnreadableConstant(f"node {node.name}: MatMulNBits with a permutation or a bias")
     num_blocks = -(-num_rows // block_size)
-    packed = _unsigned_bytes(node, 1).reshape(num_columns, num_blocks, -1)
-    integers = _unpacked(packed, bits).reshape(num_columns, -1)[:, :num_rows]
-    scales = _floats(node, 2).reshape(num_columns, num_blocks)
+    packed = _sized(node, _unsigned_bytes(node, 1), num_columns, num_blocks * block_size * bits // 8)
+    integers = _unpacked(packed, bits)[:, :num_rows]
+    scales = _sized(node, _floats(node, 2), num_columns, num_blocks)
     has_zero_points = len(node.inputs) > 3 and node.inputs[3] is not None
     if has_zero_points:
-        zero_points = _unpacked(_unsigned_bytes(node, 3).reshape(num_columns, -1), bits)[:, :num_blocks]
+        stored = _sized(node, _unsigned_bytes(node, 3), num_columns, -(-num_blocks * bits // 8))
+        zero_points = _unpacked(stored, bits)[:, :num_blocks]
     else:
         zero_points = np.full(scales.shape, 2 ** (bits - 1), dtype=np.int16)
     blocks = IntegerBlocks(bits, block_size, integers, scales, zero_points, 0, has_zero_points)
@@ -174,9 +126,11 @@ def read_table_blocks(node: ir.Node) -> Stored:
     stored = _unsigned_bytes(node, 0)
     integers = stored.astype(np.int16) if bits == 8 else _unpacked(stored, bits)
     has_zero_points = len(node.inputs) > 3 and node.inputs[3] is not None
-    scales = _floats(node, 2)
+    num_rows, num_blocks = len(integers), -(-integers.shape[1] // block_size)
+    scales = _sized(node, _floats(node, 2), num_rows, num_blocks)
     if has_zero_points:
-        zero_points = _unpacked(_unsigned_bytes(node, 3), bits)[:, : scales.shape[1]]
+        zero_points = _unpacked(_sized(node, _unsigned_bytes(node, 3), num_rows, -(-num_blocks * bits // 8)), bits)
+        zero_points = zero_points[:, :num_blocks]
     else:
         zero_points = np.full(scales.shape, 2 ** (bits - 1), dtype=np.int16)
     blocks = IntegerBlocks(bits, block_size, integers, scales, zero_points, 0, has_zero_points)
@@ -228,12 +182,10 @@ def _cast(source: Stored, dtype: ir.DataType, node: ir.Node) -> Stored:
 
 def _number_of_sums(node: ir.Node, num_rows: int, block_size: int) -> int:
     """How many of the K rows multiply sums of `block_size` activations each, which stand behind the activations."""
-    concatenation = node.inputs[0].producer()
-    if concatenation is None or concatenation.op_type != "Concat":
-        return 0
-    summed = concatenation.inputs[1].producer() if len(concatenation.inputs) == 2 else None
-    blocked = None if summed is None or summed.op_type != "ReduceSum" else summed.inputs[0].producer()
-    if summed is None or blocked is None or blocked.op_type != "Reshape":
+    concatenation = _producer_of(node, 0, "Concat")
+    summed = None if concatenation is None else _producer_of(concatenation, 1, "ReduceSum")
+    blocked = None if summed is None else _producer_of(summed, 0, "Reshape")
+    if concatenation is None or summed is None or blocked is None or len(concatenation.inputs) != 2:
         return 0
     if blocked.inputs[0] is not concatenation.inputs[0]:
         return 0
@@ -243,6 +195,13 @@ def _number_of_sums(node: ir.Node, num_rows: int, block_size: int) -> int:
     if not is_known or rest or concatenation.attributes.get_int("axis") not in (-1, 2):
         raise UnreadableConstant(f"node {node.name}: what is put behind its activations is no sum of each block")
     return num_sums
+
+
+def _producer_of(node: ir.Node, index: int, op_type: str) -> ir.Node | None:
+    """The node that computes an input, if it is of this operator."""
+    value = node.inputs[index] if index < len(node.inputs) else None
+    producer = None if value is None else value.producer()
+    return producer if producer is not None and producer.op_type == op_type else None
 
 
 def _with_offsets(blocks: IntegerBlocks, num_rows: int) -> IntegerBlocks:
@@ -262,6 +221,15 @@ def _unpacked(packed: NDArray[np.uint8], bits: int) -> NDArray[np.int16]:
         return packed.astype(np.int16)
     pairs = np.stack([packed & 15, packed >> 4], axis=-1)
     return pairs.reshape(*packed.shape[:-1], -1).astype(np.int16)
+
+
+def _sized(node: ir.Node, array: NDArray[Any], rows: int, columns: int) -> NDArray[Any]:
+    """`array`, of any shape, as [rows,columns]."""
+    if array.size != rows * columns:
+        raise UnreadableConstant(
+            f"node {node.name}: an operand has {array.size} elements, expected {rows} times {columns} by its attributes"
+        )
+    return array.reshape(rows, columns)
 
 
 def _supported_bits(node: ir.Node) -> int:
@@ -286,7 +254,7 @@ def _floats(node: ir.Node, index: int) -> FloatArray:
 
 
 def _constant_operand(node: ir.Node, index: int) -> ir.TensorProtocol:
-    value = node.inputs[index]
+    value = node.inputs[index] if index < len(node.inputs) else None
     tensor = None if value is None else ir.convenience.get_const_tensor(value)
     if tensor is None:
         raise UnreadableConstant(f"node {node.name}: operand {index} of {node.op_type} is not constant")

@@ -15,9 +15,10 @@ import onnx_ir as ir
 import torch
 from transformers import PreTrainedModel
 
-from c2c_export.check.graph.modules import parameter_name
+from c2c_export.check.graph.blocks import FloatArray
+from c2c_export.check.graph.modules import parameter_name, submodule
+from c2c_export.check.graph.paths import operand
 from c2c_export.check.graph.stored import (
-    FloatArray,
     Stored,
     UnreadableConstant,
     is_constant,
@@ -122,22 +123,22 @@ def _weight_of(node: ir.Node, trained: PreTrainedModel | None) -> HeldWeight | N
     if node.op_type == "Add":
         constant = next((index for index, value in enumerate(node.inputs) if is_constant(value)), None)
         return None if constant is None else HeldWeight(parameter_name(module, "bias"), module, node, constant)
-    operand = _WEIGHT_OPERAND.get(node.op_type)
-    if operand is None or not is_constant(node.inputs[operand]):
+    index_of_weight = _WEIGHT_OPERAND.get(node.op_type)
+    if index_of_weight is None or not is_constant(operand(node, index_of_weight)):
         return None
     is_norm = node.op_type == "RMSNormalization"
     added = _added_by(trained, module) if is_norm and trained is not None else 0.0
-    return HeldWeight(parameter_name(module, "weight", is_norm=is_norm), module, node, operand, added)
+    return HeldWeight(parameter_name(module, "weight", is_norm=is_norm), module, node, index_of_weight, added)
 
 
 def _added_by(trained: PreTrainedModel, module: str) -> float:
     """What a norm of the model multiplies with where its parameter is 0."""
-    try:
-        norm = trained.get_submodule(module)
-    except AttributeError:
-        return 0.0  # no such module, which the comparison of names tells
-    zeros = torch.zeros_like(norm.weight)
+    norm = submodule(trained, module)
+    weight = getattr(norm, "weight", None)
+    if norm is None or weight is None or weight.ndim != 1:
+        return 0.0  # no norm, which the comparison of parameters tells
+    zeros = torch.zeros_like(weight)
     # So large that the norm's epsilon is nothing.
-    large = torch.full_like(norm.weight, 2.0**20)
+    large = torch.full_like(weight, 2.0**20)
     with torch.no_grad():
         return float(torch.func.functional_call(norm, {"weight": zeros}, (large,))[0])
