@@ -18,5 +18,7 @@ ruff format --check .
 echo "mypy"
 mypy
 echo "pytest"
+# torch's threads of two workers would wait for each other.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Two workers share one machine; a file's expensive fixtures stay with one of them through xdist_group marks.
 exec python -m pytest -n 2 --dist loadgroup "$@"
