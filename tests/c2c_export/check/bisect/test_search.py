@@ -53,8 +53,9 @@ def doubled_output(module: str) -> faults.Change:
     return change
 
 
+_NORM = "model.layers.1.post_attention_layernorm"
 FAULTS = {
-    "epsilon": ("receiver", norm_epsilon("model.layers.1.post_attention_layernorm", 1.0), "post_attention_layernorm"),
+    "epsilon": ("receiver", norm_epsilon(_NORM, 1.0), _NORM),
     "epsilon of a fuser": ("fuser0", norm_epsilon("projectors.2.key.mlp1.0", 1.0), "projectors.2.key.mlp1.0"),
     "scale": ("receiver", attention_scale(2), "model.layers.2.self_attn"),
     "scale of a sharer": ("sharer0", attention_scale(0), "model.layers.0.self_attn"),
