@@ -17,6 +17,7 @@ from c2c_export.check.graph.fuser_wiring import open_gates
 from c2c_export.check.level import CheckContext, LevelResult
 from c2c_export.check.tolerances import measured
 from c2c_export.check_record import Divergence
+from c2c_export.sources import is_model_file
 
 
 def check_sources(context: CheckContext) -> LevelResult:
@@ -48,7 +49,9 @@ def _check_models(context: CheckContext) -> Iterator[Divergence]:
     for number, (record, source) in enumerate(zip(records, sources, strict=True), -1):
         graph = "receiver" if number < 0 else f"sharer{number}"
         place = "receiver" if number < 0 else f"sharers.{number}.model"
-        yield from check_files(graph, f"{graph} {source.source}", record.sources, source.record.sources)
+        # A bundle of an earlier version lists what else lay beside the model too.
+        recorded = {name: digest for name, digest in record.sources.items() if is_model_file(name)}
+        yield from check_files(graph, f"{graph} {source.source}", recorded, source.record.sources)
         yield from check_fields(graph, place, record, source.record)
     if manifest.stop_ids != trained.receiver_source.stop_ids:
         message = (
