@@ -13,6 +13,7 @@ from c2c_export.check.fitting import check_askable, fitting_prompts
 from c2c_export.check.prompts import BUILT_IN, Calibration, CalibrationPrompt, read_calibration
 from c2c_export.check.questions import Question
 from c2c_export.errors import C2CError, UsageError
+from runtime import Message
 from runtime.prompt import ModelTokens, Plan
 
 PAIR = "qwen3_from_qwen2"
@@ -60,6 +61,23 @@ def test_a_closing_padding_row_must_see_something(window: int | None, fits: bool
     else:
         with pytest.raises(UsageError, match="ends in a gap of 8 positions"):
             fitting_prompts(engine, calibration, window)
+
+
+@pytest.mark.parametrize("too_long_for", [(), (0, 1)])
+def test_a_question_is_planned_for_the_receiver_alone_and_with_all_sharers(too_long_for: tuple[int, ...]):
+    def make_plan(_: list[Message], ids: list[int], sharers: tuple[int, ...]) -> Plan:
+        count = 10 if sharers == too_long_for else 4
+        return Plan((), ModelTokens(np.arange(count), np.arange(count)), {}, count, closing_padding_id=None)
+
+    manifest = SimpleNamespace(max_length=10, sharers=["first", "second"])
+    pipeline = SimpleNamespace(
+        make_plan=make_plan, continuation_ids=lambda *_: [1, 2], bundle=SimpleNamespace(manifest=manifest)
+    )
+    engine: Any = SimpleNamespace(pipeline=pipeline)
+    with pytest.raises(
+        UsageError, match=r"--questions: question 0 .* it takes 12 tokens, this bundle's capacity is 10"
+    ):
+        check_askable(engine, [Question(question="Why?", choices=("yes", "no"), answer=0)])
 
 
 def test_a_question_that_does_not_fit_is_named(engine: Any):
