@@ -4,6 +4,7 @@
     graphs/                  portable ONNX graphs: receiver.onnx, sharer<k>.onnx, fuser<k>.onnx, each with a .data file
     tokenizers/receiver/     see `c2c_export.tokenizer`; tokenizers/sharer<k>/ likewise
     alignment/sharer<k>.npy  int32 [receiver_vocab]: the sharer's token id for every receiver token id (aligned pairs)
+    polygraphy/              data loader scripts and shapes for Polygraphy, see `c2c_export.polygraphy_folder`
     engines/<target>-<precision>[-<arch>]/
 
 Dimension legend, used throughout the project: B batch, S new tokens, C capacity in rows, H key/value heads, D head

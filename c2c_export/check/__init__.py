@@ -8,6 +8,12 @@
     selection.py    which engines a check is about, and what the manifest keeps of it
     both_sides.py   a prompt on both sides; prompt_details.py describes it for the report
     levels/         one file per level, in the order of `c2c_export.check_record.LEVELS`
+    runner.py       Polygraphy's runners of both sides
+    feeds/          what the graphs are fed: prompts, random caches, steps of several slots
+    graph_cases.py  each graph beside its trained modules (held_weights.py) and its feeds
+    compare_graph.py, comparing.py, changed_graph.py
+                    run both sides by Polygraphy's `Comparator` and compare row by row
+    diagnosis/      what a divergence looks like, by guesses tried on the trained modules
     tolerances.py   how far each level may be off in each precision, and why
     report.py       the whole result as records: what JSON, HTML and terminal show
     run.py          run the levels, write the manifest

@@ -30,7 +30,7 @@ FAULTS = {
         faults.shift_mask_of_second_request,
         1,
         "key",
-        r"^a step of .* slots.*slot 1, row 1 is off.*Only slot 1 .*its newest token is not seen",
+        r"^a step of .* slots.*slot 1, row 29 is off.*Only slot 1 .*its newest token is not seen",
     ),
     "mask of one slot of a sharer": (
         "sharer0",
