@@ -16,5 +16,6 @@ requests with images or audio, and several processes.
 import lm_eval.models  # noqa: F401 (registers the harness's own models, which it only does where no other came first)
 from lm_eval.api.registry import model_registry
 
-if "c2c" not in model_registry:  # else the harness has found the entry point
+# By name, not by decorator, which clashes with an entry point in versions that expect none. Else it was found as one.
+if "c2c" not in model_registry:
     model_registry.register("c2c", target="c2c_export.lm_eval.model:C2CLanguageModel")

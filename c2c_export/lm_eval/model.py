@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CacheHook, TemplateLM
-from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
@@ -38,7 +37,6 @@ _FINGERPRINT_KEY = "c2c fingerprint"
 """Where a cache of answers says whose they are; the harness's own keys are hashes."""
 
 
-@register_model("c2c")
 class C2CLanguageModel(TemplateLM):
     """See the module's docstring. The harness makes one from `--model_args`, see `Arguments`."""
 
