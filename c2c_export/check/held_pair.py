@@ -45,11 +45,11 @@ def _answers_holding(context: "CheckContext") -> TrainedAnswers:
     trained, model = context.trained, context.engine.model
     graphs = context.record.graphs
     sharers = [
-        decoder_holding(model(f"sharer{number}"), sharer) if f"sharer{number}" in graphs else sharer
+        decoder_holding(model(f"sharer{number}"), sharer).trained if f"sharer{number}" in graphs else sharer
         for number, sharer in enumerate(trained.sharers)
     ]
     fusers = [
-        fuser_holding(model(f"fuser{number}"), fuser) if f"fuser{number}" in graphs else fuser
+        fuser_holding(model(f"fuser{number}"), fuser).trained if f"fuser{number}" in graphs else fuser
         for number, fuser in enumerate(trained.fusers)
     ]
-    return TrainedAnswers(decoder_holding(model("receiver"), trained.receiver), sharers, fusers)
+    return TrainedAnswers(decoder_holding(model("receiver"), trained.receiver).trained, sharers, fusers)
