@@ -84,7 +84,7 @@ class ModelRecord(Record):
     chat_template: str
     """Where the chat template came from, for a reader of `inspect`."""
     sources: dict[str, str]
-    """sha256 of every source file, by file name."""
+    """sha256 of every file of the model, by name; of what else lies beside them, as a README, none."""
 
 
 class LayerLink(Record):

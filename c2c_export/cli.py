@@ -364,6 +364,8 @@ def check(
     )
     result = run_check(options, _step)
     print_report(result, _output())
+    if result.problems:
+        raise C2CError("\n".join(result.problems))
     if not result.passed:
         raise typer.Exit(1)
 

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from c2c_export.bundle import ModelRecord, sha256_of
 from c2c_export.errors import C2CError, reason_of
+from c2c_export.sources import is_model_file
 from c2c_export.trace.decoder import sliding_window_of
 
 SUPPORTED_ARCHITECTURES = {
@@ -147,9 +148,10 @@ def read_stop_ids(folder: Path, config: Any, tokenizer_end_id: int | None) -> tu
 
 
 def model_record(source: str, folder: Path, shape: ModelShape, chat_template: str) -> ModelRecord:
-    """The manifest's record of a model; a `.gguf` source is hashed itself, a folder file by file."""
+    """The manifest's record of a model; a single file is hashed itself, a folder by the model's files."""
     given = Path(source)
-    files = [given] if given.is_file() else sorted(path for path in folder.iterdir() if path.is_file())
+    in_folder = sorted(path for path in folder.iterdir() if path.is_file() and is_model_file(path.name))
+    files = [given] if given.is_file() else in_folder
     return ModelRecord(
         source=source,
         architecture=shape.architecture,

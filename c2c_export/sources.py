@@ -7,6 +7,7 @@ file.gguf                      converted once by transformers' own loader, see `
 """
 
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -16,6 +17,8 @@ from c2c_export.gguf import convert_gguf
 
 _HUB_ID = re.compile(r"(?P<repository>[\w.-]+/[\w.-]+)(?P<subfolder>:[^@]+)?(?P<revision>@[\w./-]+)?", flags=re.ASCII)
 _MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+# What a model may also come as, though it is not downloaded so.
+_OTHER_WEIGHTS = ["*.bin", "*.gguf"]
 # Without a subfolder: only a checkpoint at the root, as a repository may hold dozens of them.
 _FUSER_FILES = ["config.json", "final/*", "projector_*", "sharer_chat_template.jinja", "receiver_chat_template.jinja"]
 
@@ -35,6 +38,11 @@ def resolve_model(source: str) -> Path:
     if path.exists():
         raise UsageError(f"{source}: expected a model folder or a .gguf file")
     return _download(source, "model", _MODEL_FILES)
+
+
+def is_model_file(name: str) -> bool:
+    """Whether a file of that name, in a model's folder, is part of the model; a README or a licence is not."""
+    return any(fnmatch(name, pattern) for pattern in (*_MODEL_FILES, *_OTHER_WEIGHTS))
 
 
 def resolve_fuser(source: str) -> Path:

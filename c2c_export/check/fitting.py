@@ -45,18 +45,23 @@ def fitting_prompts(
 
 
 def check_askable(engine: CheckedEngine, questions: Sequence[Question]) -> None:
-    """Raise `UsageError` for a question that does not fit the capacity or a choice without tokens of its own."""
+    """Raise `UsageError` for a question that does not fit the capacity, or a choice without tokens of its own.
+
+    Each is planned as the level asks it: for the receiver alone, and with all sharers.
+    """
     try:
         pipeline = engine.pipeline
     except Exception:  # as above
         return
-    capacity = pipeline.bundle.manifest.max_length
+    manifest = pipeline.bundle.manifest
+    capacity, num_sharers = manifest.max_length, len(manifest.sharers)
     for number, question in enumerate(questions):
         messages = [Message("user", question.question)]
         try:
-            prompt = pipeline.make_plan(messages, [], ())
+            plans = [pipeline.make_plan(messages, [], sharers) for sharers in ((), tuple(range(num_sharers)))]
+            num_rows = max(len(plan.receiver.ids) + (plan.closing_padding_id is not None) for plan in plans)
             for choice in question.choices:
-                length = len(prompt.receiver.ids) + len(pipeline.continuation_ids(messages, [], [], choice))
+                length = num_rows + len(pipeline.continuation_ids(messages, [], [], choice))
                 if length > capacity:
                     raise UsageError(f"with {choice!r} it takes {length} tokens, this bundle's capacity is {capacity}")
         except UsageError as error:

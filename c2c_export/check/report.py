@@ -97,6 +97,8 @@ class EngineReport(Record):
     target: str
     precision: str
     check: CheckRecord
+    not_kept: str | None = None
+    """Why the manifest does not keep the result; None if it does."""
     caches: tuple[LayerCaches, ...] = ()
     projectors: tuple[ProjectorDetails, ...] = ()
     prompts: tuple[PromptDetails, ...] = ()
@@ -112,8 +114,10 @@ class CheckReport(Record):
     sharers: tuple[str, ...]
     fusers: tuple[str, ...]
     engines: tuple[EngineReport, ...]
+    problems: tuple[str, ...] = ()
+    """Why an engine was not checked, or its result not kept, described or written."""
 
     @property
     def passed(self) -> bool:
-        """Whether every engine that was asked for passed."""
-        return all(engine.check.passed for engine in self.engines)
+        """Whether every engine that was asked for was checked and passed."""
+        return not self.problems and all(engine.check.passed for engine in self.engines)

@@ -1,113 +1,73 @@
 """`c2c-export check`: run the levels over each engine of a bundle, keep the results in the manifest, and report.
 
-In: `CheckOptions`. Out: a `CheckReport`, and the manifest with each engine's `CheckRecord`. All levels run, also after
-one has failed; a level that cannot be run has failed, and says why. The manifest is changed at the very end, only if
+In: `CheckOptions`. Out: a `CheckReport`, and the manifest with each engine's `CheckRecord`. Four steps: select the
+engines, run the levels over each, write the reports, and keep the results; what goes wrong with one engine or one file
+is listed as a problem and leaves the others their results. The manifest is changed at the very end, see `keep.py`.
 
-- an engine failed, in whichever levels were asked for, or
-- it passed and every level ran that needs no further files (all but `questions`): with fewer, nothing is proved.
-
-Not covered: the levels themselves (`levels/`), and showing the report (`show.py`, `html/`).
+Not covered: the levels themselves (`run_levels.py`, `levels/`), and showing the report (`show.py`, `html/`).
 """
 
-import importlib
-import importlib.metadata
-import time
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from c2c_export import __version__
 from c2c_export.atomic_file import write_atomically
 from c2c_export.bundle import Bundle, EngineRecord
-from c2c_export.check.bisect.search import bisect
 from c2c_export.check.engine import CheckedEngine
 from c2c_export.check.fitting import check_askable, fitting_prompts
 from c2c_export.check.html import write_html
-from c2c_export.check.level import CheckContext, Level, LevelResult
-from c2c_export.check.levels.caches import check_caches
-from c2c_export.check.levels.generation import check_generation
-from c2c_export.check.levels.graphs import check_graphs
-from c2c_export.check.levels.logits import check_logits
-from c2c_export.check.levels.questions import check_questions
-from c2c_export.check.levels.sources import check_sources
-from c2c_export.check.levels.weights import check_weights
+from c2c_export.check.keep import keep_check
+from c2c_export.check.level import CheckContext
 from c2c_export.check.options import CheckOptions
-from c2c_export.check.prompt_details import describe_prompt
 from c2c_export.check.prompts import Calibration, read_calibration
-from c2c_export.check.questions import read_questions
-from c2c_export.check.report import CheckReport, EngineReport, PromptDetails
-from c2c_export.check.selection import engines_to_check, keep_check
+from c2c_export.check.questions import Question, read_questions
+from c2c_export.check.report import CheckReport, EngineReport
+from c2c_export.check.run_levels import check_engine
+from c2c_export.check.selection import engines_to_check
 from c2c_export.check.trained.pair import TrainedPair
-from c2c_export.check_record import LEVELS, CheckRecord, Divergence, LevelName, LevelRecord
+from c2c_export.check_record import LEVELS, LevelName
 from c2c_export.errors import C2CError, UsageError, reason_of
 from c2c_export.progress import Step
 from c2c_export.quiet import quiet_libraries
 from engines.cores import check_threads
-from engines.targets import target_of
 
-MANDATORY: frozenset[LevelName] = frozenset(LEVELS) - {"questions"}
-"""What an engine must pass to be marked as passed."""
-_PROMPT_LEVELS: tuple[LevelName, ...] = ("logits", "generation")
-_RUN: dict[LevelName, Level] = {
-    "sources": check_sources,
-    "weights": check_weights,
-    "graphs": check_graphs,
-    "caches": check_caches,
-    "logits": check_logits,
-    "generation": check_generation,
-    "questions": check_questions,
-}
+
+@dataclass(frozen=True)
+class _Asked:
+    """What every engine is asked."""
+
+    levels: Sequence[LevelName]
+    calibration: Calibration
+    questions: Sequence[Question]
 
 
 def run_check(options: CheckOptions, step: Step) -> CheckReport:
     """Check what `options` ask for, and keep and write the results.
 
-    Raises `UsageError` for wrong options and prompts, `C2CError` where a source is missing or this machine cannot run
-    an engine. An engine that fails is no error: it is in the report. An interrupt leaves the manifest as it was.
+    Raises `UsageError` for wrong options and prompts, `C2CError` where a source is missing or this machine can run none
+    of the engines. An engine that fails is no error, and neither is one that could not be checked or whose result could
+    not be kept or written: both are in the report. An interrupt leaves the manifest as it was.
     """
     levels = _levels_of(options)
-    calibration = read_calibration(options.prompts)
     questions = () if options.questions is None else read_questions(options.questions)
+    asked = _Asked(levels, read_calibration(options.prompts), questions)
     if options.num_threads is not None:
         torch.set_num_threads(options.num_threads)
     with quiet_libraries():
         with step("Reading the bundle"):
             bundle = Bundle.open(options.bundle)
-        engines = engines_to_check(bundle, options.engine, options.precision)
+        engines, obstacles = engines_to_check(bundle, options.engine, options.precision)
         with step("Loading the trained models"):
             trained = TrainedPair.load(bundle.manifest, options)
-        reports = []
-        for name, record in engines.items():
-            context = _context(options, bundle, name, record, trained, calibration)
-            check_askable(context.engine, questions)
-            reports.append(_check_engine(context, levels, calibration.origin, step))
-            del context  # one engine at a time is in memory
-    manifest = bundle.manifest
-    report = CheckReport(
-        bundle=str(options.bundle),
-        receiver=_described(trained.receiver_source.source, manifest.receiver.architecture),
-        sharers=tuple(
-            _described(source.source, sharer.model.architecture)
-            for source, sharer in zip(trained.sharer_sources, manifest.sharers, strict=True)
-        ),
-        fusers=tuple(options.fusers) or tuple(sharer.fuser_source for sharer in manifest.sharers),
-        engines=tuple(reports),
-    )
-    for engine in report.engines:
-        if is_kept(engine.check):
-            keep_check(bundle.root, engine.engine, engines[engine.engine], engine.check)
-    if options.json_file is not None:
-        write_atomically(options.json_file, (report.model_dump_json(indent=1) + "\n").encode())
-    if options.report is not None:
-        write_html(report, options.report)
-    return report
-
-
-def is_kept(check: CheckRecord) -> bool:
-    """Whether a result goes into the manifest, see the module's docstring."""
-    return not check.passed or {level.name for level in check.levels} >= MANDATORY
+        problems = [f"{name} was not checked: {obstacle}" for name, obstacle in obstacles.items()]
+        reports = _check_each(options, bundle, engines, trained, asked, step, problems)
+    report = _report_of(options, bundle, trained, reports, problems)
+    problems += _write(options, report)
+    problems += _keep(bundle, engines, report)
+    return report.model_copy(update={"problems": tuple(problems)})
 
 
 def _levels_of(options: CheckOptions) -> list[LevelName]:
@@ -124,8 +84,56 @@ def _levels_of(options: CheckOptions) -> list[LevelName]:
     for option, path in (("--json", options.json_file), ("--report", options.report)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise UsageError(f"{option} {path}: expected the name of a file in a folder that exists")
+    if options.save_results is not None:
+        _check_folder("--save-results", options.save_results)
     wanted = {*options.levels, *(("questions",) if options.questions is not None else ())}
     return [level for level in LEVELS if level in wanted]
+
+
+def _check_folder(option: str, folder: Path) -> None:
+    """Make the folder and try to write in it, before hours of work are to end there. Raises `UsageError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{option} {folder}: {error.strerror}; expected a folder that can be written") from error
+
+
+def _check_each(
+    options: CheckOptions,
+    bundle: Bundle,
+    engines: Mapping[str, EngineRecord],
+    trained: TrainedPair,
+    asked: _Asked,
+    step: Step,
+    problems: list[str],
+) -> list[EngineReport]:
+    """Each engine's report; why one has none, or says nothing about its engine, is added to `problems`.
+
+    Raises `UsageError` for what no engine can be asked, as long as no engine's result would be lost by it.
+    """
+
+    def check_one(name: str, record: EngineRecord) -> EngineReport:
+        """In a function of its own, so that one engine at a time is in memory."""
+        context = _context(options, bundle, name, record, trained, asked.calibration)
+        check_askable(context.engine, asked.questions)
+        return check_engine(context, asked.levels, asked.calibration.origin, step, problems)
+
+    reports: list[EngineReport] = []
+    for name, record in engines.items():
+        try:
+            report = check_one(name, record)
+        except Exception as error:
+            if isinstance(error, UsageError) and not reports:
+                raise
+            kind = "" if isinstance(error, C2CError) else f"{type(error).__name__}: "
+            problems.append(f"{name} could not be checked: {kind}{reason_of(error)}")
+            continue
+        reports.append(report)
+        if report.not_kept is not None and not report.check.passed:
+            problems.append(f"{name} could not be checked: {report.not_kept}")
+    return reports
 
 
 def _context(
@@ -150,88 +158,50 @@ def _context(
     )
 
 
-def _check_engine(context: CheckContext, levels: Sequence[LevelName], calibration: str, step: Step) -> EngineReport:
-    """Run the levels over one engine."""
-    records: list[LevelRecord] = []
-    results: dict[LevelName, LevelResult] = {}
-    for name in levels:
-        with step(f"{context.name}: {name}"):
-            started = time.perf_counter()
-            results[name] = _run_level(_RUN[name], context)
-            seconds = time.perf_counter() - started
-        if name == "graphs" and context.options.bisect and not results[name].passed:
-            with step(f"{context.name}: bisecting"):
-                results[name] = _bisect_each(context, results[name])
-        records.append(_record_of(name, results[name], seconds))
-    check = CheckRecord(
-        passed=all(record.passed for record in records),
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        versions=_versions(context.record),
-        calibration=calibration,
-        num_prompts=len(context.prompts),
-        levels=tuple(records),
-    )
-    found = list(results.values())
-    return EngineReport(
-        engine=context.name,
-        target=context.record.target,
-        precision=context.record.precision,
-        check=check,
-        caches=tuple(layer for result in found for layer in result.caches),
-        projectors=tuple(projector for result in found for projector in result.projectors),
-        prompts=_details(context, results),
-        questions=tuple(score for result in found for score in result.questions),
+def _report_of(
+    options: CheckOptions, bundle: Bundle, trained: TrainedPair, reports: list[EngineReport], problems: list[str]
+) -> CheckReport:
+    manifest = bundle.manifest
+    return CheckReport(
+        bundle=str(options.bundle),
+        receiver=_described(trained.receiver_source.source, manifest.receiver.architecture),
+        sharers=tuple(
+            _described(source.source, sharer.model.architecture)
+            for source, sharer in zip(trained.sharer_sources, manifest.sharers, strict=True)
+        ),
+        fusers=tuple(options.fusers) or tuple(sharer.fuser_source for sharer in manifest.sharers),
+        engines=tuple(reports),
+        problems=tuple(problems),
     )
 
 
-def _run_level(level: Level, context: CheckContext) -> LevelResult:
-    """What the level found. Whatever it raises is a failure of the engine or of what it was given, and is recorded."""
-    try:
-        return level(context)
-    except C2CError as error:
-        reason = reason_of(error)
-    except Exception as error:  # damaged graphs and weights make libraries raise nearly anything
-        reason = f"{type(error).__name__}: {reason_of(error)}"
-    return LevelResult(divergences=[Divergence(message=f"the level could not be run: {reason}")])
-
-
-def _bisect_each(context: CheckContext, result: LevelResult) -> LevelResult:
-    """The same result, the divergence of each graph followed by what bisecting that graph found."""
-
-    def followed(divergence: Divergence) -> Divergence:
+def _write(options: CheckOptions, report: CheckReport) -> list[str]:
+    """Write the files that were asked for. Why one could not be written, if so."""
+    problems = []
+    if options.json_file is not None:
         try:
-            return bisect(context, divergence)
-        except Exception as error:  # as in a level
-            message = f"{divergence.message} Bisect: the graph could not be run: {reason_of(error)}"
-            return divergence.model_copy(update={"message": message})
-
-    return replace(result, divergences=[followed(divergence) for divergence in result.divergences])
-
-
-def _record_of(name: LevelName, result: LevelResult, seconds: float) -> LevelRecord:
-    return LevelRecord(
-        name=name,
-        passed=result.passed,
-        seconds=round(seconds, 3),
-        measurements=tuple(result.measurements),
-        divergences=tuple(result.divergences),
-    )
+            write_atomically(options.json_file, (report.model_dump_json(indent=1) + "\n").encode())
+        except OSError as error:
+            problems.append(f"--json {options.json_file}: cannot be written: {reason_of(error)}")
+    if options.report is not None:
+        try:
+            write_html(report, options.report)
+        except Exception as error:  # templates raise their own kinds
+            problems.append(f"--report {options.report}: cannot be written: {reason_of(error)}")
+    return problems
 
 
-def _details(context: CheckContext, results: Mapping[LevelName, LevelResult]) -> tuple[PromptDetails, ...]:
-    """The prompts on both sides, where both levels that compare them were run."""
-    compared = [results.get(name, LevelResult()) for name in _PROMPT_LEVELS]
-    if not all(result.measurements for result in compared):
-        return ()
-    return tuple(describe_prompt(context, prompt) for prompt in context.prompts)
-
-
-def _versions(record: EngineRecord) -> dict[str, str]:
-    names = ["torch", "transformers", "polygraphy"]
-    versions = {"c2c-export": __version__, **{name: importlib.metadata.version(name) for name in names}}
-    module = target_of(record.target).module
-    versions[module] = str(importlib.import_module(module).__version__)
-    return versions
+def _keep(bundle: Bundle, engines: Mapping[str, EngineRecord], report: CheckReport) -> list[str]:
+    """Put into the manifest what is to be kept. Why a result could not be, if so."""
+    problems = []
+    for engine in report.engines:
+        if engine.not_kept is not None:
+            continue
+        try:
+            keep_check(bundle, engine.engine, engines[engine.engine], engine.check)
+        except (C2CError, OSError) as error:
+            problems.append(f"{engine.engine}: the result is not kept: {reason_of(error)}")
+    return problems
 
 
 def _described(source: str, architecture: str) -> str:

@@ -5,7 +5,6 @@ from rich.markup import escape
 from rich.table import Table
 
 from c2c_export.check.report import CheckReport, EngineReport
-from c2c_export.check.run import MANDATORY, is_kept
 from c2c_export.check_record import Divergence, LevelRecord, Measurement
 
 _VERDICTS = {True: "[green]passed[/]", False: "[bold red]FAILED[/]"}
@@ -34,9 +33,8 @@ def _print_engine(engine: EngineReport, console: Console) -> None:
     for level in check.levels:
         for divergence in level.divergences:
             console.print(f"[red]{level.name}[/]: {escape(_described(divergence))}", highlight=False, soft_wrap=True)
-    if not is_kept(check):
-        missing = ", ".join(sorted(MANDATORY - {level.name for level in check.levels}))
-        console.print(f"Not kept in the manifest: an engine has passed when {missing} ran too", soft_wrap=True)
+    if engine.not_kept is not None:
+        console.print(f"Not kept in the manifest: {escape(engine.not_kept)}", highlight=False, soft_wrap=True)
 
 
 def _add_level(table: Table, level: LevelRecord) -> None:

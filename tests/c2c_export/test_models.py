@@ -283,10 +283,13 @@ def test_a_broken_generation_config_is_refused_rather_than_passed_over(folder: P
 # Records
 
 
-def test_the_record_names_every_source_file_by_its_hash(folder: Path) -> None:
+def test_the_record_names_every_file_of_the_model_by_its_hash_and_no_other(folder: Path) -> None:
     shape = shape_of(read_config(folder))
     record = model_record("some/model", folder, shape, "model")
     assert set(record.sources) == {path.name for path in folder.iterdir()}
+    (folder / "README.md").write_text("# What it is good for")
+    (folder / "LICENSE").write_text("Do as you like")
+    assert model_record("some/model", folder, shape, "model") == record
     assert (record.source, record.architecture, record.num_layers) == ("some/model", "Qwen3ForCausalLM", 4)
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
     changed = model_record("some/model", folder, shape, "model").sources

@@ -2,25 +2,37 @@
 
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import onnxruntime
 import pytest
 from command_line import RunCli
 
-from c2c_export.bundle import read_manifest, write_manifest
+from c2c_export import __version__
+from c2c_export.bundle import Bundle, read_manifest, write_manifest
 from c2c_export.check_record import CheckRecord, Divergence, LevelRecord
+from engines.select import portable_on_cuda
 from runtime import C2CError, C2CPipeline, FailedEngineError, UncheckedEngineWarning
+from runtime.checked import refuse_failed
 
 PAIR = "qwen3_from_qwen2"
 pytestmark = pytest.mark.xdist_group(PAIR)
 
 
-def check_of(*, passed: bool) -> CheckRecord:
+HERE = {"onnxruntime": onnxruntime.__version__, "c2c-export": __version__, "torch": "1.0"}
+
+
+def check_of(*, passed: bool, versions: Mapping[str, str] = HERE) -> CheckRecord:
     divergence = Divergence(graph="receiver", layer=2, kind="key", message="the row is off by 1.4 of its length")
     level = LevelRecord(name="caches", passed=passed, seconds=1.0, divergences=() if passed else (divergence,))
     return CheckRecord(
-        passed=passed, date="2026-11-27T00:00:00+00:00", versions={}, calibration="", num_prompts=1, levels=(level,)
+        passed=passed,
+        date="2026-11-27T00:00:00+00:00",
+        versions=dict(versions),
+        calibration="",
+        num_prompts=1,
+        levels=(level,),
     )
 
 
@@ -106,3 +118,26 @@ def test_the_command_line_warns_and_is_told_otherwise(run_cli: RunCli, bundle: P
     code, _, err = run_cli("bench", bundle, "--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1")
     assert code == 1
     assert "failed its check at level caches" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "version", "expected"),
+    [
+        ("onnxruntime", "0.1", f"was checked with onnxruntime 0.1, this is {onnxruntime.__version__}"),
+        ("c2c-export", "0.0.1", f"was checked with c2c-export 0.0.1, this is {__version__}"),
+    ],
+)
+def test_an_engine_that_was_checked_with_other_libraries_warns(bundle: Path, name: str, version: str, expected: str):
+    mark(bundle, check_of(passed=True, versions={**HERE, name: version}))
+    (message,) = warnings_of(lambda: C2CPipeline.from_bundle(bundle, num_threads=1))
+    assert expected in message
+    assert "never" not in message
+    assert not warnings_of(lambda: C2CPipeline.from_bundle(bundle, num_threads=1, allow_unchecked=True))
+
+
+def test_what_to_do_about_a_failure_fits_the_engine(bundle: Path):
+    opened, failed = Bundle.open(bundle), {"check": check_of(passed=False)}
+    with pytest.raises(FailedEngineError, match=r"\nBuild it again, and check it with"):
+        refuse_failed(opened, opened.manifest.engines["ort-cpu-fp32"].model_copy(update=failed))
+    with pytest.raises(FailedEngineError, match=r"nobody builds: export the bundle again, and check it with"):
+        refuse_failed(opened, portable_on_cuda(opened).model_copy(update=failed))

@@ -9,6 +9,7 @@ Not covered: the graphs, see the level `weights`.
 
 from collections.abc import Iterator
 
+from c2c_export.bundle import ModelRecord
 from c2c_export.check.exported.alignment import check_alignment
 from c2c_export.check.exported.links import check_flags, check_links
 from c2c_export.check.exported.models import check_cache_shapes, check_fields, check_files, check_graph_names
@@ -17,11 +18,13 @@ from c2c_export.check.graph.fuser_wiring import open_gates
 from c2c_export.check.level import CheckContext, LevelResult
 from c2c_export.check.tolerances import measured
 from c2c_export.check_record import Divergence
+from c2c_export.source_model import SourceModel
+from c2c_export.sources import is_model_file
 
 
 def check_sources(context: CheckContext) -> LevelResult:
     """See the module's docstring. Raises `C2CError` where a file of the bundle cannot be read."""
-    found = [*_check_models(context), *_check_fusers(context), *_check_tokens(context)]
+    found = [*other_files(context), *_check_models(context), *_check_fusers(context), *_check_tokens(context)]
     precision = context.record.precision
     num_files = sum(len(record) for record in _recorded_files(context))
     return LevelResult(
@@ -31,6 +34,28 @@ def check_sources(context: CheckContext) -> LevelResult:
         ],
         divergences=found,
     )
+
+
+def other_files(context: CheckContext) -> list[Divergence]:
+    """A divergence for each source file that is missing or another than the bundle was exported from."""
+    manifest, trained = context.bundle.manifest, context.trained
+    found: list[Divergence] = []
+    for graph, _, record, source in _models(context):
+        # A bundle of an earlier version lists what else lay beside the model too.
+        recorded = {name: digest for name, digest in record.sources.items() if is_model_file(name)}
+        found += check_files(graph, f"{graph} {source.source}", recorded, source.record.sources)
+    for number, (sharer, fuser) in enumerate(zip(manifest.sharers, trained.fusers, strict=True)):
+        what, files = f"fuser{number} {fuser.checkpoint.folder}", fuser.checkpoint.files
+        found += check_files(f"fuser{number}", what, sharer.fuser_sources, files)
+    return found
+
+
+def _models(context: CheckContext) -> Iterator[tuple[str, str, ModelRecord, SourceModel]]:
+    """Of each model its graph, its place in the manifest, its record there, and its source."""
+    manifest, trained = context.bundle.manifest, context.trained
+    yield "receiver", "receiver", manifest.receiver, trained.receiver_source
+    for number, (sharer, source) in enumerate(zip(manifest.sharers, trained.sharer_sources, strict=True)):
+        yield f"sharer{number}", f"sharers.{number}.model", sharer.model, source
 
 
 def _recorded_files(context: CheckContext) -> Iterator[dict[str, str]]:
@@ -43,12 +68,7 @@ def _recorded_files(context: CheckContext) -> Iterator[dict[str, str]]:
 
 def _check_models(context: CheckContext) -> Iterator[Divergence]:
     manifest, trained = context.bundle.manifest, context.trained
-    sources = [trained.receiver_source, *trained.sharer_sources]
-    records = [manifest.receiver, *(sharer.model for sharer in manifest.sharers)]
-    for number, (record, source) in enumerate(zip(records, sources, strict=True), -1):
-        graph = "receiver" if number < 0 else f"sharer{number}"
-        place = "receiver" if number < 0 else f"sharers.{number}.model"
-        yield from check_files(graph, f"{graph} {source.source}", record.sources, source.record.sources)
+    for graph, place, record, source in _models(context):
         yield from check_fields(graph, place, record, source.record)
     if manifest.stop_ids != trained.receiver_source.stop_ids:
         message = (
@@ -63,8 +83,6 @@ def _check_fusers(context: CheckContext) -> Iterator[Divergence]:
     manifest, fusers = context.bundle.manifest, context.trained.fusers
     for number, (recorded, fuser) in enumerate(zip(manifest.sharers, fusers, strict=True)):
         checkpoint = fuser.checkpoint
-        what = f"fuser{number} {checkpoint.folder}"
-        yield from check_files(f"fuser{number}", what, recorded.fuser_sources, checkpoint.files)
         yield from check_links(number, recorded, checkpoint)
         yield from check_flags(number, manifest, checkpoint)
     yield from check_graph_names(manifest, [bool(open_gates(fuser.checkpoint)) for fuser in fusers])

@@ -18,6 +18,7 @@ from recorded_cases import GOLDEN
 
 from c2c_export.bundle import Bundle, EngineRecord, read_manifest, sha256_of, write_manifest
 from c2c_export.check.report import CheckReport
+from c2c_export.check.run_levels import RUN
 
 ROOT = Path(__file__).parents[3]
 PAIR = "qwen3_from_qwen2"
@@ -26,7 +27,7 @@ SOURCES = [
     *("--sharer", GOLDEN / PAIR / "sharer"),
     *("--fuser", GOLDEN / PAIR / "fuser"),
 ]
-FAST = ["--threads", "1", "--new-tokens", "4"]
+FAST = ["--threads", "1", "--new-tokens", "16"]
 pytestmark = pytest.mark.xdist_group(PAIR)
 
 
@@ -156,12 +157,10 @@ def test_a_build_of_another_engine_keeps_the_result_and_a_rebuild_drops_it(
 def test_a_level_that_cannot_be_run_has_failed_and_says_why(
     run_cli: RunCli, bundle: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    from c2c_export.check import run
-
     def fail(_: Any) -> Any:
         raise IndexError("list index out of range")
 
-    monkeypatch.setitem(run._RUN, "caches", fail)
+    monkeypatch.setitem(RUN, "caches", fail)
     code, out, _ = run_cli("check", bundle, *SOURCES, *FAST, "--prompts", prompts, "--level", "caches")
     assert code == 1
     assert "caches: the level could not be run: IndexError: list index out of range" in out
