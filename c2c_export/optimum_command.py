@@ -1,8 +1,8 @@
 """`optimum-cli export c2c …`: another door to `c2c-export pair …`.
 
 In: the options of `pair`, which are read off that command, so that both have the same ones. Out: what `pair` does, its
-errors and exit status included. Optimum finds the command through `optimum/commands/register/c2c.py`, which is
-installed into optimum's namespace. Needs the extra `optimum`.
+errors and exit status included. Optimum finds the command through the distribution in `scripts/optimum_command`, which
+installs one file into optimum's namespace and brings optimum.
 """
 
 from argparse import ArgumentParser, Namespace

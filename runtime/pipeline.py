@@ -15,10 +15,10 @@ from tokenizers import Tokenizer
 
 from c2c_export.bundle import Bundle, EngineRecord, ModelRecord
 from c2c_export.errors import C2CError, UsageError
-from c2c_export.tokenizer import BundledTokenizer
 from engines.base import Device, Engine
 from engines.cores import check_threads
 from engines.select import load_engine, new_device, open_engine, wanted_engines
+from runtime.bundle_planner import BundlePlanner
 from runtime.checked import refuse_failed, warn_of_unchecked
 from runtime.decoder import Decoder
 from runtime.freed_memory import return_freed_memory
@@ -26,7 +26,7 @@ from runtime.fuser import Fuser
 from runtime.generation import Chunk, Generation
 from runtime.messages import Message
 from runtime.prefill import Prefiller
-from runtime.prompt import Plan, PromptPlanner
+from runtime.prompt import Plan
 from runtime.score import Score
 from runtime.session import Prompt, Session, is_ids
 
@@ -67,10 +67,10 @@ class C2CPipeline:
                 refuse_failed(bundle, record)
             return _load_engines(bundle, record, num_slots, num_threads)
 
-        self.receiver_tokenizer = BundledTokenizer.load(bundle.tokenizer_folder())
+        self._planner = BundlePlanner(bundle)
+        self.receiver_tokenizer = self._planner.receiver_tokenizer
         """With its special tokens and the chat template."""
         self.tokenizer: Tokenizer = self.receiver_tokenizer.backend
-        self._planner = _load_planner(bundle, self.receiver_tokenizer)
         return_freed_memory()  # before the engines take their own
         self.engine_choice, engines = open_engine(bundle, engine, precision, load)
         """The engine that runs, and why (`reason`)."""
@@ -186,18 +186,7 @@ class C2CPipeline:
 
     def make_plan(self, messages: list[Message] | None, ids: Sequence[int], sharers: tuple[int, ...]) -> Plan:
         """The plan for messages, or for ids when `messages` is None; `UsageError` when it exceeds the capacity."""
-        if messages is None:
-            plan = self._planner.plan_ids(ids, sharers=sharers)
-        else:
-            plan = self._planner.plan_messages(messages, sharers=sharers)
-        needed = max(len(tokens.ids) for tokens in (plan.receiver, *plan.sharers.values()))
-        needed += plan.closing_padding_id is not None
-        if needed > self.bundle.manifest.max_length:
-            raise UsageError(
-                f"the prompt takes {needed} tokens, this bundle's capacity is {self.bundle.manifest.max_length}; "
-                "shorten it, or export with a larger --max-length"
-            )
-        return plan
+        return self._planner.plan(messages, ids, sharers)
 
     def continuation_ids(
         self, messages: list[Message] | None, ids: Sequence[int], generated: Sequence[int], text: str
@@ -251,19 +240,6 @@ def _load_engines(bundle: Bundle, record: EngineRecord, num_slots: int, num_thre
     }
     fusers = {number: Fuser(load(f"fuser{number}", device), manifest.max_length) for number in computed}
     return _Engines(receiver, Prefiller(receiver, sharers, fusers))
-
-
-def _load_planner(bundle: Bundle, receiver: BundledTokenizer) -> PromptPlanner:
-    manifest = bundle.manifest
-    numbers = range(len(manifest.sharers)) if manifest.aligned else range(0)
-    return PromptPlanner(
-        receiver,
-        [BundledTokenizer.load(bundle.tokenizer_folder(number)) for number in numbers],
-        [np.load(bundle.alignment_file(number)) for number in numbers],
-        manifest.aligned,
-        receiver_vocab=manifest.receiver.vocab_size,
-        sharer_vocabs=[sharer.model.vocab_size for sharer in manifest.sharers],
-    )
 
 
 def _one_prompt(messages: str | Sequence[Any] | None, input_ids: Sequence[int] | None) -> Prompt:

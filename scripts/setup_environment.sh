@@ -2,8 +2,9 @@
 # Make or reuse the virtual environment of the scripts: bash scripts/setup_environment.sh EXTRA
 #
 # In: EXTRA, one of setup.cfg's extras. Out: .venv in the repository, with this package installed in editable mode with
-# that extra, at the versions in constraints.txt. Takes minutes the first time and a second when nothing has changed: a
-# stamp in .venv holds the hash of all that decides its content, and an environment with another hash is made anew.
+# that extra, at the versions in constraints.txt; with `dev` also scripts/optimum_command. Takes minutes the first time
+# and a second when nothing has changed: a stamp in .venv holds the hash of all that decides its content, and an
+# environment with another hash is made anew.
 # Not covered: installing Python itself. PYTHON names the interpreter to use (default: python3).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -19,6 +20,7 @@ key=$("$python" - <<'PYTHON'
 import hashlib, pathlib, sys
 
 files = ["setup.cfg", "pyproject.toml", "constraints.txt", "scripts/setup_environment.sh"]
+files += ["scripts/optimum_command/setup.cfg", "scripts/optimum_command/pyproject.toml"]
 content = b"\0".join([*(pathlib.Path(name).read_bytes() for name in files), sys.version.encode(), str(pathlib.Path.cwd()).encode()])
 print(hashlib.sha256(content).hexdigest())
 PYTHON
@@ -51,5 +53,9 @@ if [ ! -d .venv ]; then
     touch .venv/made-by-setup_environment
 fi
 echo "Installing c2c-export[$extra] (the first time downloads PyTorch and takes some minutes) …"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[$extra]"
+packages=(-e ".[$extra]")
+if [ "$extra" = dev ]; then
+    packages+=(-e scripts/optimum_command)
+fi
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "${packages[@]}"
 echo "$key" >".venv/installed-$extra"

@@ -7,6 +7,7 @@
     engine.py       the engine that is checked, graph by graph and as a whole
     selection.py    which engines a check is about, and what the manifest keeps of it
     both_sides.py   a prompt on both sides; prompt_details.py describes it for the report
+    held_pair.py    the trained pair with an engine's own rounded weights, for the levels of the whole engine
     levels/         one file per level, in the order of `c2c_export.check_record.LEVELS`
     runner.py       Polygraphy's runners of both sides
     feeds/          what the graphs are fed: prompts, random caches, steps of several slots

@@ -5,7 +5,11 @@ ask for the same prompt compute it once. The prompt is planned once, by the runt
 of the level `sources`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
 
 from c2c_export.check.engine import EnginePrompt
 from c2c_export.check.level import CheckContext
@@ -19,6 +23,7 @@ class BothPrompts:
     """A prompt, prefilled and fused by both."""
 
     trained: TrainedPrompt
+    """Of the trained models, or of the same with the engine's own weights."""
     engine: EnginePrompt
 
 
@@ -42,6 +47,31 @@ def prefill_both(context: CheckContext, prompt: CalibrationPrompt) -> BothPrompt
     engine = context.engine.prefill(prompt)
     mode = context.bundle.manifest.fusion_mode
     return BothPrompts(context.trained.answers.prefill(engine.plan, mode), engine)
+
+
+def prefill_with_own_weights(context: CheckContext, prompt: CalibrationPrompt) -> BothPrompts:
+    """As `prefill_both`, the trained side holding the engine's own weights; `C2CError` where they cannot be read."""
+    engine = context.engine.prefill(prompt)
+    mode = context.bundle.manifest.fusion_mode
+    return BothPrompts(context.held.answers(context).prefill(engine.plan, mode), engine)
+
+
+def logits_of_own_weights(
+    context: CheckContext, prompt: CalibrationPrompt
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Each token of the engine's greedy answer, and the logits [V] that it was to be the best of.
+
+    The torch side holds the engine's own weights and reads the engine's tokens, so that every step is compared, also
+    behind one where another token is as likely. Raises as `prefill_with_own_weights`.
+    """
+    both = prefill_with_own_weights(context, prompt)
+    receiver = context.held.answers(context).receiver
+    rows, logits = both.trained.rows, both.trained.logits
+    token_ids = context.engine.generate(prompt, context.options.new_tokens).token_ids
+    for number, token in enumerate(token_ids):
+        yield token, logits
+        if number + 1 < len(token_ids):
+            rows, logits = receiver.extend(rows, [token], [both.trained.next_position + number])
 
 
 def generate_both(context: CheckContext, prompt: CalibrationPrompt) -> BothGenerations:

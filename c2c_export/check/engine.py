@@ -18,10 +18,12 @@ from engines.lowering import lower
 from engines.select import load_engine, new_device
 from engines.targets import target_of
 from runtime import C2CPipeline, Generation, Message
+from runtime.bundle_planner import BundlePlanner
 from runtime.prompt import Plan
 
-_NUM_SLOTS = 4
-"""A step of several requests must be checked too."""
+_NUM_SLOTS = 2
+"""One prompt is open at a time, in a slot that is not the first: so that one which is taken for another is found. The
+level `graphs` steps more slots at once, with caches of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +61,20 @@ class CheckedEngine:
             allow_failed=True,
         )
 
+    def release_pipeline(self) -> None:
+        """Free the whole engine, if it is loaded; what it gave is kept, and asking again loads it anew."""
+        self.__dict__.pop("pipeline", None)
+
+    @cached_property
+    def planner(self) -> BundlePlanner:
+        """What plans prompts without loading an engine. Raises `BundleError` where the bundle is broken."""
+        return BundlePlanner(self._bundle)
+
     def plan(self, prompt: CalibrationPrompt) -> Plan:
-        """What the models are to read. Raises `UsageError` where it does not fit, `C2CError` as `pipeline` does."""
+        """What the models are to read. Raises `UsageError` where it does not fit, `BundleError` as `planner` does."""
         messages = None if prompt.messages is None else [Message(m.role, m.content) for m in prompt.messages]
         sharers = tuple(range(len(self._bundle.manifest.sharers)))
-        return self.pipeline.make_plan(messages, prompt.input_ids or (), sharers)
+        return self.planner.plan(messages, prompt.input_ids or (), sharers)
 
     def prefill(self, prompt: CalibrationPrompt) -> EnginePrompt:
         """What the whole engine makes of a prompt; computed once. Raises as `C2CPipeline.prefill` does."""

@@ -42,6 +42,8 @@ class GraphCase:
     allowed: frozenset[str]
     """Outputs that it may have."""
     feeds: Callable[[], Iterator[GraphFeed]]
+    not_held: tuple[str, ...]
+    """Weights of the graph that the trained side does not hold, as they cannot be read or do not fit."""
 
     @property
     def is_fuser(self) -> bool:
@@ -111,11 +113,12 @@ def _decoder(
     chosen = _chosen(prompts)
     return GraphCase(
         graph=graph,
-        trained=held,
+        trained=held.trained,
         inputs=_decoder_inputs(layout),
         required=required,
         allowed=required | frozenset(layout.names),
-        feeds=lambda: decoder_feeds(held, layout, limits, chosen),
+        feeds=lambda: decoder_feeds(held.trained, layout, limits, chosen),
+        not_held=held.not_held,
     )
 
 
@@ -139,13 +142,15 @@ def _fuser(context: CheckContext, plans: Sequence[Plan], number: int) -> GraphCa
         chosen = [_fused_prompt(context, plan, number) for plan in _most_fused(plans)]
         return fuser_feeds(receiver, sharer, chosen, separate_unfused=separate)
 
+    held = fuser_holding(context.engine.model(f"fuser{number}"), fuser)
     return GraphCase(
         graph=f"fuser{number}",
-        trained=fuser_holding(context.engine.model(f"fuser{number}"), fuser),
+        trained=held.trained,
         inputs=_fuser_inputs(receiver, sharer, separate_unfused=separate),
         required=outputs,
         allowed=outputs,
         feeds=feeds,
+        not_held=held.not_held,
     )
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from c2c_export.bundle import Bundle, EngineRecord
+from c2c_export.check.held_pair import HeldPair
 from c2c_export.check.options import CheckOptions
 from c2c_export.check.prompts import CalibrationPrompt
 from c2c_export.check.report import LayerCaches, ProjectorDetails, PromptDetails, QuestionScore
@@ -27,6 +28,8 @@ class CheckContext:
     trained: "TrainedPair"
     engine: "CheckedEngine"
     prompts: Sequence[CalibrationPrompt]
+    held: HeldPair = field(default_factory=HeldPair)
+    """The trained pair with the engine's own weights."""
 
 
 @dataclass(frozen=True)

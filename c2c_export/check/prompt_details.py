@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from c2c_export.check.both_sides import generate_both, prefill_both
 from c2c_export.check.level import CheckContext
-from c2c_export.check.levels.logits import centred, kl_divergence
+from c2c_export.check.levels.logits import agreements, centred, kl_divergence
 from c2c_export.check.prompts import CalibrationPrompt
 from c2c_export.check.report import PromptDetails, TokenLogit
 from c2c_export.errors import one_line
@@ -23,6 +23,7 @@ def describe_prompt(context: CheckContext, prompt: CalibrationPrompt) -> PromptD
     trained, engine = both.trained.logits, both.engine.logits
     error = np.abs(centred(engine) - centred(trained))
     trained_best, engine_best = _best(trained), _best(engine)
+    top1_equal, top5_share = agreements(trained, engine)
     tokenizer = context.engine.pipeline.tokenizer
 
     def described(logits: NDArray[np.float32], best: list[int]) -> tuple[TokenLogit, ...]:
@@ -36,8 +37,8 @@ def describe_prompt(context: CheckContext, prompt: CalibrationPrompt) -> PromptD
         max_error=float(error.max()),
         mean_error=float(error.mean()),
         kl_divergence=kl_divergence(trained, engine),
-        top1_equal=trained_best[0] == engine_best[0],
-        top5_shared=len(set(trained_best) & set(engine_best)),
+        top1_equal=top1_equal,
+        top5_shared=round(top5_share * len(trained_best)),
         trained_top5=described(trained, trained_best),
         engine_top5=described(engine, engine_best),
         trained_text=tokenizer.decode(generations.trained.token_ids, skip_special_tokens=True),

@@ -37,9 +37,13 @@ class Arguments:
     """As in `C2CPipeline.from_bundle`, and likewise `allow_failed`."""
     allow_failed: bool = False
 
-    def fingerprint(self, manifest: Manifest, engine_name: str) -> str:
-        """Of everything that an answer depends on, but the request: 64 hexadecimal digits."""
+    def fingerprint(self, manifest: Manifest, engine_name: str, versions: Mapping[str, str]) -> str:
+        """Of everything that an answer depends on, but the request: 64 hexadecimal digits.
+
+        `versions` are those of the libraries that compute it.
+        """
         decisive = [
+            dict(versions),
             manifest.files,
             engine_name,
             self.fuse,

@@ -1,8 +1,9 @@
 """A request's generation options, from the harness's names to the runtime's.
 
-In: `generation_kwargs` of a task, changed by `--gen_kwargs`. Out: `GenerationOptions`. Sampling follows the harness:
-greedy unless `do_sample` is true, or it is not given and `temperature` is above 0. Raises `UsageError` for what the
-runtime does not do, instead of ignoring it.
+In: `generation_kwargs` of a task, changed by `--gen_kwargs`. Out: `GenerationOptions`. Greedy unless `do_sample` is
+true. A `temperature` above 0 without `do_sample` is refused: the harness's models take it for sampling, its cache of
+answers for a greedy answer to be kept. Raises `UsageError` for that and for what the runtime does not do, instead of
+ignoring it.
 """
 
 from collections.abc import Mapping
@@ -41,7 +42,12 @@ def parse_gen_kwargs(values: Mapping[str, Any], default_max_new_tokens: int) -> 
     if given.get("num_beams", 1) != 1:
         raise UsageError(f"generation_kwargs: num_beams is {given['num_beams']!r}; only 1 is supported")
     sampling = {"repetition_penalty": given["repetition_penalty"]} if "repetition_penalty" in given else {}
-    if given.get("do_sample", given.get("temperature", 0) > 0):
+    if "do_sample" not in given and given.get("temperature", 0) > 0:
+        raise UsageError(
+            f"generation_kwargs: temperature is {given['temperature']!r} without do_sample; expected do_sample=true to "
+            "sample, or do_sample=false for greedy answers (--gen_kwargs do_sample=true)"
+        )
+    if given.get("do_sample", False):
         sampling |= {"temperature": given.get("temperature", 1.0)}
         sampling |= {name: given[name] for name in _SAMPLING if name in given}
     limit = next((given[name] for name in _LENGTHS if name in given), default_max_new_tokens)

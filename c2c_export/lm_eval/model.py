@@ -13,6 +13,7 @@ Requests are checked and tokenised before the first is computed. Those with the 
 each token of a continuation but the last takes a decode step. Not covered: batches, images, audio.
 """
 
+import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,18 +24,22 @@ from lm_eval.api.model import CacheHook, TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
+import c2c_export
 from c2c_export.errors import C2CError, UsageError
 from c2c_export.lm_eval.arguments import check_batch_size, parse_arguments
 from c2c_export.lm_eval.capacity import Capacity
 from c2c_export.lm_eval.contexts import ChatContext, render_chat
 from c2c_export.lm_eval.gen_kwargs import GenerationOptions, parse_gen_kwargs
 from c2c_export.tokenizer import CHAT_TEMPLATE_NAME, SPECIAL_TOKENS_NAME, TOKENIZER_NAME
+from engines.targets import target_of
 from runtime import C2CPipeline, Session
 from runtime.session import Prompt
 
 _RENDERING_FILES = (TOKENIZER_NAME, SPECIAL_TOKENS_NAME, CHAT_TEMPLATE_NAME)
 _FINGERPRINT_KEY = "c2c fingerprint"
 """Where a cache of answers says whose they are; the harness's own keys are hashes."""
+_CONTEXTS_KEY = "c2c contexts"
+"""Where it says what they answer: the harness keys a chat by its rendered text alone, as raw text would be."""
 
 
 class C2CLanguageModel(TemplateLM):
@@ -64,6 +69,7 @@ class C2CLanguageModel(TemplateLM):
             allow_failed=arguments.allow_failed,
         )
         self._tokenizer = self._pipeline.receiver_tokenizer
+        self._has_chats = False
         with self._pipeline.prefill([self.prefix_token_id], fuse=arguments.fuse, sharers=arguments.sharers) as session:
             self._sharers = tuple(sorted(session.plan.sharers))
 
@@ -83,7 +89,8 @@ class C2CLanguageModel(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """What the rendered requests depend on, for the harness's cache of them."""
+        """What the rendered requests depend on, for the harness's cache of them; it asks in runs of chats only."""
+        self._begin_chats()
         files = self._pipeline.bundle.manifest.files
         return "c2c-" + "-".join(files[f"tokenizers/receiver/{name}"][:16] for name in _RENDERING_FILES)
 
@@ -97,10 +104,19 @@ class C2CLanguageModel(TemplateLM):
         self, chat_history: Sequence[Mapping[str, str]], add_generation_prompt: bool = True
     ) -> ChatContext:
         """The chat as the receiver reads it, see `render_chat`."""
+        self._begin_chats()
         return render_chat(self._tokenizer, chat_history, add_generation_prompt)
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness adds to its results: which engine of which bundle answered, and with which sharers."""
+        """What the harness adds to its results: which engine of which bundle answered, and with which sharers.
+
+        Raises `UsageError` where a cache of answers has those to other contexts than the run's: only now is it sure
+        that a run without requests to compute has no chats.
+        """
+        self._check_cached_contexts()
+        return self._info()
+
+    def _info(self) -> dict[str, Any]:
         choice, manifest = self._pipeline.engine_choice, self._pipeline.bundle.manifest
         engine = f"{choice.target}-{choice.precision}"
         return {
@@ -108,7 +124,7 @@ class C2CLanguageModel(TemplateLM):
             "engine": engine,
             "sharers": list(self._sharers),
             "receiver": manifest.receiver.source,
-            "fingerprint": self._arguments.fingerprint(manifest, engine),
+            "fingerprint": self._arguments.fingerprint(manifest, engine, _versions(choice.target)),
         }
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
@@ -118,14 +134,33 @@ class C2CLanguageModel(TemplateLM):
         """
         answers = cache_hook.dbdict
         if answers is not None:
-            mine = self.get_model_info()["fingerprint"]
+            mine = self._info()["fingerprint"]
             if len(answers) and answers.get(_FINGERPRINT_KEY) != mine:
                 raise UsageError(
                     f"--use_cache: {answers.filename} holds the answers of another model, or of this one with other "
                     "arguments; name another file"
                 )
             answers[_FINGERPRINT_KEY] = mine
+        self._has_chats = False
         super().set_cache_hook(cache_hook)
+
+    def _begin_chats(self) -> None:
+        self._has_chats = True
+        self._check_cached_contexts()
+
+    def _check_cached_contexts(self, will_answer: bool = False) -> None:
+        """Raise `UsageError` if the cache of answers has those to other contexts; mark it with ours before any."""
+        answers = self.cache_hook.dbdict
+        if answers is None:
+            return
+        mine = "chats" if self._has_chats else "raw contexts"
+        theirs = answers.get(_CONTEXTS_KEY, mine)
+        if theirs != mine:
+            raise UsageError(
+                f"--use_cache: {answers.filename} holds answers to {theirs}, this run has {mine}; name another file"
+            )
+        if will_answer:
+            answers[_CONTEXTS_KEY] = mine
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Token ids of raw text, as `hf` has them: with what the tokenizer adds, unless it is there already."""
@@ -150,6 +185,7 @@ class C2CLanguageModel(TemplateLM):
         **_: object,
     ) -> list[tuple[float, bool]]:
         """Score what `loglikelihood` tokenised, context by context; answers in the order of the requests."""
+        self._check_cached_contexts(will_answer=True)
         capacity = self._capacity()
         by_context: dict[object, list[int]] = {}
         jobs: list[tuple[Prompt, list[int], list[int]]] = []
@@ -179,6 +215,7 @@ class C2CLanguageModel(TemplateLM):
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """The receiver's log-likelihood of whole texts, in windows of the capacity, as with `hf`."""
+        self._check_cached_contexts()
         texts = [str(request.args[0]) for request in requests]
         answers = []
         for text in tqdm(texts, desc="Running loglikelihood_rolling requests", disable=disable_tqdm):
@@ -195,6 +232,7 @@ class C2CLanguageModel(TemplateLM):
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answer prompts, each up to one of its `until` (which the answer lacks) or its `max_gen_toks`."""
+        self._check_cached_contexts(will_answer=True)
         capacity = self._capacity()
         jobs: list[tuple[Prompt, list[int], GenerationOptions]] = []
         for context, values in (request.args for request in requests):
@@ -245,6 +283,11 @@ class C2CLanguageModel(TemplateLM):
                 break
             token_ids += chunk.token_ids
         return self._tokenizer.backend.decode(token_ids, skip_special_tokens=True)
+
+
+def _versions(target: str) -> dict[str, str]:
+    module = target_of(target).module
+    return {"c2c-export": c2c_export.__version__, module: str(importlib.import_module(module).__version__)}
 
 
 def _score(session: Session, begun: list[int], ids: list[int]) -> tuple[float, bool]:

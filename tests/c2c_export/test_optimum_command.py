@@ -6,14 +6,16 @@ from pathlib import Path
 
 import pytest
 from command_line import RunCli
+from optimum.commands import optimum_cli
+from setuptools.config.setupcfg import read_configuration
 from typer.main import get_command
 
 from c2c_export import cli
 from c2c_export.bundle import Bundle
 from c2c_export.pair import PairOptions
-from optimum.commands import optimum_cli
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
 TWO_SHARERS = "two_sharers_sequential"
 
 
@@ -36,6 +38,11 @@ def run_optimum(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[s
         return code, out, err
 
     return run
+
+
+def test_a_plain_install_brings_no_folder_that_is_taken_for_optimum():
+    packages = read_configuration(ROOT / "setup.cfg")["options"]["packages"]
+    assert {package.split(".")[0] for package in packages} == {"c2c_export", "engines", "runtime"}
 
 
 def test_optimum_lists_the_command():

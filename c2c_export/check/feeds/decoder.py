@@ -7,8 +7,8 @@ In: the model's tokens of real prompts, its cache layout, its trained side. Out:
 - a prompt with a closing padding row, which sees all others but not itself;
 - if the model has a sliding window, a chunk whose positions leave a gap, so that the window ends among its rows;
 - a step of one token for several slots, each with another number of the prompt's rows;
-- steps over random rows for 2, 3 and 4 slots at once, each slot in turn with few rows, where one row more or less
-  matters most, and with all rows that the capacity has.
+- steps over random rows for 2, 3 and 4 slots at once, or for as many as there is memory for, each slot in turn with
+  few rows, where one row more or less matters most, and with all rows that the capacity has.
 
 Caches in the feeds are shared between feeds: read, never written.
 """
@@ -26,7 +26,7 @@ from runtime.prompt import ModelTokens
 
 _MOST_SLOTS = 4
 _STEP_BYTES = 1_500_000_000
-"""What the caches of a step of several slots may take; models with large ones are stepped with fewer slots."""
+"""What the caches of a step of several slots may take; models with large ones are stepped with fewer, or with one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +55,8 @@ def decoder_feeds(
     first = _Call.of_prompt(longest.tokens, empty)
     real = trained.run(first.feed("").inputs)
     num_rows = len(longest.tokens.ids)
-    num_slots = max(2, min(_MOST_SLOTS, _STEP_BYTES // layout.slot_bytes))
+    del empty
+    num_slots = max(1, min(_MOST_SLOTS, _STEP_BYTES // layout.slot_bytes))
     random = layout.random(num_slots, sizes_of({name: real[name] for name in layout.names}, num_rows))
     garbage = {name: array[:1] for name, array in random.items()}
     for number, prompt in enumerate(prompts):
@@ -164,7 +165,7 @@ def _steps(
     turns = [last_row, 1, min(5, last_row - 1), min(len(tokens.ids), last_row - 2)]
     for turn in range(_MOST_SLOTS):
         # Fewer slots than turns: every slot still has every number of rows.
-        count = num_slots if turn else max(2, num_slots - 1)
+        count = num_slots if turn else max(min(2, num_slots), num_slots - 1)
         rows = np.array([turns[(slot + turn) % len(turns)] for slot in range(count)])
         yield _step(caches, tokens, rows, limits)
     if num_slots > 2:

@@ -118,12 +118,17 @@ def read_product_blocks(node: ir.Node) -> Stored:
 
 
 def read_table_blocks(node: ir.Node) -> Stored:
-    """The table [V,K] of a `GatherBlockQuantized` over whole rows. Raises `UnreadableConstant`."""
+    """The table [V,K] of a `GatherBlockQuantized` over whole rows. Raises `UnreadableConstant`.
+
+    In 8 bits it may also lie as [V,blocks,block size], one scale a block, as it does where an LM head holds it.
+    """
     bits, block_size = _supported_bits(node), node.attributes.get_int("block_size", 128)
     axes = node.attributes.get_int("gather_axis", 0), node.attributes.get_int("quantize_axis", 1)
-    if axes != (0, 1):
-        raise UnreadableConstant(f"node {node.name}: a table that is looked up or quantised along another axis")
     stored = _unsigned_bytes(node, 0)
+    lies_in_blocks = bits == 8 and stored.ndim == 3 and stored.shape[2] == block_size and axes == (0, 2)
+    if not lies_in_blocks and (stored.ndim != 2 or axes != (0, 1)):
+        raise UnreadableConstant(f"node {node.name}: a table that is looked up or quantised along another axis")
+    stored = stored.reshape(len(stored), -1)
     integers = stored.astype(np.int16) if bits == 8 else _unpacked(stored, bits)
     has_zero_points = len(node.inputs) > 3 and node.inputs[3] is not None
     num_rows, num_blocks = len(integers), -(-integers.shape[1] // block_size)

@@ -6,12 +6,16 @@ Two numbers, each the worst of all layers, of K and of V:
                      or by the typical length of that cache's rows where the row is shorter; the worst row
     relative error   root mean square of a whole cache's error by that of the trained cache
 
+Where weights are rounded to integers, both are also measured against the trained modules holding the engine's own
+weights ("own weights"): what rounding them costs is no error there, and a fault cannot hide in it.
+
 Polygraphy's `Comparator` compares both sides' outputs prompt by prompt. Where one leaves its tolerance, the divergence
 names the lowest such layer, and in it the first prompt, K before V, the first token and its worst head.
 """
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -19,12 +23,13 @@ from numpy.typing import NDArray
 from polygraphy.comparator import BaseCompareFunc, Comparator, IterationResult, RunResults
 from polygraphy.logger import G_LOGGER
 
-from c2c_export.check.both_sides import BothPrompts, prefill_both
+from c2c_export.check.both_sides import BothPrompts, prefill_both, prefill_with_own_weights
 from c2c_export.check.comparing import RowsResult, RowsThreshold, row_errors
+from c2c_export.check.held_pair import OWN_WEIGHTS, is_compared_with_own_weights
 from c2c_export.check.level import CheckContext, LevelResult
 from c2c_export.check.report import CacheError, LayerCaches, ProjectorDetails
 from c2c_export.check.tolerances import measured, tolerance
-from c2c_export.check_record import Divergence, Kind
+from c2c_export.check_record import Divergence, Kind, Measurement
 
 _TRAINED, _ENGINE = "trained", "engine"
 _KINDS: tuple[Kind, Kind] = ("key", "value")
@@ -51,12 +56,37 @@ class _CompareRows(BaseCompareFunc):
         )
 
 
+@dataclass(frozen=True)
+class _Judged:
+    """The engine's caches against those of one torch side."""
+
+    measurements: Sequence[Measurement]
+    layers: Sequence[LayerCaches]
+    first: Divergence | None
+
+
 def check_caches(context: CheckContext) -> LevelResult:
     """See the module's docstring. Raises `C2CError` where the engine cannot be run."""
     both = [prefill_both(context, prompt) for prompt in context.prompts]
+    judged = _judge(context, both, "")
+    measurements, divergences = list(judged.measurements), [judged.first]
+    if is_compared_with_own_weights(context.record.precision):
+        own = _judge(context, [prefill_with_own_weights(context, prompt) for prompt in context.prompts], OWN_WEIGHTS)
+        measurements += own.measurements
+        divergences.insert(0, own.first)  # the sharper one
+    return LevelResult(
+        measurements=measurements,
+        divergences=[divergence for divergence in divergences if divergence is not None][:1],
+        caches=judged.layers,
+        projectors=_projectors(context, both),
+    )
+
+
+def _judge(context: CheckContext, both: Sequence[BothPrompts], suffix: str) -> _Judged:
+    """Measure the engine's caches; `suffix` ends the names of the measurements."""
     precision = context.record.precision
-    row_error = tolerance("caches", "row error", precision).at_most
-    relative_error = tolerance("caches", "relative error", precision).at_most
+    row_error = tolerance("caches", f"row error{suffix}", precision).at_most
+    relative_error = tolerance("caches", f"relative error{suffix}", precision).at_most
     assert row_error is not None
     assert relative_error is not None
     compared = _compare(both, row_error)
@@ -67,15 +97,13 @@ def check_caches(context: CheckContext) -> LevelResult:
     relative = [(layer.layer, kind, error) for layer in layers for kind, error in _errors_of(layer)]
     worst_row = max(result.relative_error for results in compared for result in results.values())
     worst_cache = float(np.max([error.relative_error for _, _, error in relative]))  # not max(), which may miss a NaN
-    first = _first_row(context, both, compared) or _first_cache(relative, relative_error)
-    return LevelResult(
+    return _Judged(
         measurements=[
-            measured("caches", "row error", precision, worst_row),
-            measured("caches", "relative error", precision, worst_cache),
+            measured("caches", f"row error{suffix}", precision, worst_row),
+            measured("caches", f"relative error{suffix}", precision, worst_cache),
         ],
-        divergences=[] if first is None else [first],
-        caches=layers,
-        projectors=_projectors(context, both),
+        layers=layers,
+        first=_first_row(context, both, compared) or _first_cache(relative, relative_error),
     )
 
 

@@ -8,6 +8,9 @@ Numbers are the worst of all prompts, but for the agreements, which are shares:
     top-1 agreement   prompts on which both give the same likeliest token
     top-5 agreement   of the trained models' five likeliest tokens, those that are among the engine's five
 
+Where weights are rounded to integers, the relative error is also measured against the trained modules holding the
+engine's own weights ("own weights"), so that no fault hides in what rounding costs.
+
 A number that is added to all logits changes no probability, so the logits' means are taken away first. Likeliest tokens
 that are as good as equal, nearer than float32 rounding can tell apart, count as agreeing.
 """
@@ -17,7 +20,8 @@ from numpy.typing import NDArray
 from polygraphy.comparator import Comparator, IterationResult, RunResults, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
 
-from c2c_export.check.both_sides import prefill_both
+from c2c_export.check.both_sides import BothPrompts, prefill_both, prefill_with_own_weights
+from c2c_export.check.held_pair import OWN_WEIGHTS, is_compared_with_own_weights
 from c2c_export.check.level import CheckContext, LevelResult
 from c2c_export.check.tolerances import measured, tolerance
 from c2c_export.check_record import Divergence
@@ -34,23 +38,28 @@ def check_logits(context: CheckContext) -> LevelResult:
     sides = [prefill_both(context, prompt) for prompt in context.prompts]
     trained = [centred(both.trained.logits) for both in sides]
     engine = [centred(both.engine.logits) for both in sides]
-    spreads = [float(logits.std()) for logits in trained]
-    largest, means = _errors(trained, engine)
+    relative, means = _relative_errors(sides)
     divergences_of_prompts = [kl_divergence(t, e) for t, e in zip(trained, engine, strict=True)]
     tops = [agreements(t, e) for t, e in zip(trained, engine, strict=True)]
-    relative = [error / spread for error, spread in zip(largest, spreads, strict=True)]
     values = {
         # np.max, as max() may miss what is not a number
         "relative error": float(np.max(relative)),
-        "mean error": float(np.max([mean / spread for mean, spread in zip(means, spreads, strict=True)])),
+        "mean error": float(np.max(means)),
         "KL divergence": float(np.max(divergences_of_prompts)),
         "top-1 agreement": float(np.mean([first for first, _ in tops])),
         "top-5 agreement": float(np.mean([share for _, share in tops])),
     }
+    worst = relative
+    if is_compared_with_own_weights(precision):
+        own, _ = _relative_errors([prefill_with_own_weights(context, prompt) for prompt in context.prompts])
+        name = f"relative error{OWN_WEIGHTS}"
+        values[name] = float(np.max(own))
+        if not measured("logits", name, precision, values[name]).passed:
+            worst = own  # the sharper one
     measurements = [measured("logits", name, precision, value) for name, value in values.items()]
     return LevelResult(
         measurements=measurements,
-        divergences=[] if all(m.passed for m in measurements) else [_worst(context, relative, divergences_of_prompts)],
+        divergences=[] if all(m.passed for m in measurements) else [_worst(context, worst, divergences_of_prompts)],
     )
 
 
@@ -87,6 +96,17 @@ def _log_softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     shifted = logits - logits.max()
     result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
     return result
+
+
+def _relative_errors(sides: list[BothPrompts]) -> tuple[list[float], list[float]]:
+    """The largest and the mean error of each prompt, by the spread of the torch side's logits."""
+    trained = [centred(both.trained.logits) for both in sides]
+    largest, means = _errors(trained, [centred(both.engine.logits) for both in sides])
+    spreads = [float(logits.std()) for logits in trained]
+    relative, mean = (
+        [error / spread for error, spread in zip(errors, spreads, strict=True)] for errors in (largest, means)
+    )
+    return relative, mean
 
 
 def _errors(trained: list[Floats], engine: list[Floats]) -> tuple[list[float], list[float]]:

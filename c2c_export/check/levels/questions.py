@@ -51,7 +51,8 @@ class _Way:
         if engine is not None:
             other = int(np.argmax(engine))
             self.engine.append(other)
-            self.gaps.append(trained[own] - trained[other])
+            # An engine that gives no number chooses nothing.
+            self.gaps.append(trained[own] - trained[other] if not np.isnan(engine).any() else float("nan"))
 
 
 def check_questions(context: CheckContext) -> LevelResult:
@@ -145,8 +146,8 @@ def _share(answers: Sequence[int], expected: Sequence[int]) -> float:
 
 def _first(ways: Sequence[_Way], questions: Sequence[Question], gap: float) -> Divergence:
     """The question whose answers differ most."""
-    way = next(way for way in ways if gap in way.gaps)
-    number = way.gaps.index(gap)
+    way = next(way for way in ways if gap in way.gaps or (np.isnan(gap) and np.isnan(way.gaps).any()))
+    number = int(np.argmax(way.gaps))  # of what is no number the first
     question = questions[number]
     return Divergence(
         message=f"{way.name}: question {number} ({question.question:.60}): the engine chooses "

@@ -29,6 +29,8 @@ from c2c_export.check.tolerances import measured
 from c2c_export.check_record import Divergence
 from c2c_export.checkpoint import FuserCheckpoint
 
+_TrainedGraphs = dict[str, PreTrainedModel | FuserCheckpoint]
+"""What each graph is traced from, by its name."""
 _SHOWN = 8
 """Divergences that are told of each graph, the first ones; the measurements count all."""
 
@@ -48,8 +50,8 @@ def check_weights(context: CheckContext) -> LevelResult:
     others = [*_graph_differences(context, trained), *_changed_sources(context)]
     shown, num_parameters, num_wrong, num_others = list(others), 0, 0, len(others)
     for name in [name for name in context.record.graphs if name in trained]:
-        engine = _check_graph(context, name, context.engine.model(name), context.record.precision)
-        portable = _check_portable(context, name)
+        engine = _check_graph(context, trained, name, context.engine.model(name), context.record.precision)
+        portable = _check_portable(context, trained, name)
         num_parameters += engine.num_parameters
         num_wrong += len(engine.wrong_parameters) + len(portable.wrong_parameters)
         num_others += len(engine.others) + len(portable.others)
@@ -67,18 +69,16 @@ def check_weights(context: CheckContext) -> LevelResult:
     )
 
 
-def _trained_graphs(context: CheckContext) -> dict[str, PreTrainedModel | FuserCheckpoint]:
+def _trained_graphs(context: CheckContext) -> _TrainedGraphs:
     """The graphs that an engine of the trained pair has, and what each is traced from."""
-    trained: dict[str, PreTrainedModel | FuserCheckpoint] = {"receiver": context.trained.receiver.model}
+    trained: _TrainedGraphs = {"receiver": context.trained.receiver.model}
     for number, (sharer, fuser) in enumerate(zip(context.trained.sharers, context.trained.fusers, strict=True)):
         if open_gates(fuser.checkpoint):
             trained |= {f"sharer{number}": sharer.model, f"fuser{number}": fuser.checkpoint}
     return trained
 
 
-def _graph_differences(
-    context: CheckContext, expected: dict[str, PreTrainedModel | FuserCheckpoint]
-) -> Iterator[Divergence]:
+def _graph_differences(context: CheckContext, expected: _TrainedGraphs) -> Iterator[Divergence]:
     for name in sorted(expected.keys() - context.record.graphs.keys()):
         yield Divergence(graph=name, message=f"the engine has no graph {name}, although its fuser has open gates")
     for name in sorted(context.record.graphs.keys() - expected.keys()):
@@ -93,20 +93,20 @@ def _changed_sources(context: CheckContext) -> Iterator[Divergence]:
             yield Divergence(message=f"{context.name} was built from another {path}; build it again with --rebuild")
 
 
-def _check_portable(context: CheckContext, name: str) -> _Found:
+def _check_portable(context: CheckContext, graphs: _TrainedGraphs, name: str) -> _Found:
     """The graph that engines are built from, unless it is the engine's own."""
     path = context.bundle.manifest.graphs[name].path
     if context.record.graphs[name] == path:
         return _Found(0, (), ())
-    return _check_graph(context, name, ir.load(context.bundle.file(path)), "fp32")
+    return _check_graph(context, graphs, name, ir.load(context.bundle.file(path)), "fp32")
 
 
 def _in_file(divergence: Divergence, path: str) -> Divergence:
     return divergence.model_copy(update={"message": f"{path}: {divergence.message}"})
 
 
-def _check_graph(context: CheckContext, name: str, graph: ir.Model, precision: str) -> _Found:
-    trained, manifest = _trained_graphs(context)[name], context.bundle.manifest
+def _check_graph(context: CheckContext, graphs: _TrainedGraphs, name: str, graph: ir.Model, precision: str) -> _Found:
+    trained, manifest = graphs[name], context.bundle.manifest
     shapes = check_shapes(name, graph, manifest.graphs[name])
     if isinstance(trained, FuserCheckpoint):
         separate = manifest.fusion_mode == "parallel" and len(manifest.sharers) > 1

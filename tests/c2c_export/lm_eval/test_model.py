@@ -167,6 +167,7 @@ def test_a_special_token_in_until_ends_an_answer(recorded_bundle: BundleOf, reco
     [
         ({"beam_width": 2}, r"beam_width is not supported; expected until, max_gen_toks"),
         ({"num_beams": 4}, "num_beams is 4"),
+        ({"temperature": 0.7}, r"temperature is 0\.7 without do_sample; expected do_sample=true"),
         ({"max_gen_toks": 0}, "max_gen_toks is 0"),
         ({"until": 3}, "until is 3"),
         ({"max_gen_toks": 256}, "leave no room.*capacity of 256; lower max_gen_toks"),
@@ -285,8 +286,60 @@ def test_cached_answers_are_not_computed_again(
 
 
 @unaligned
+def test_sampled_answers_are_drawn_again_in_spite_of_a_cache(recorded_bundle: BundleOf, tmp_path: Path):
+    # The harness passes over its cache for do_sample alone, which is why temperature without it is refused.
+    arguments, options = {"bundle": str(recorded_bundle(UNALIGNED))}, {"use_cache": str(tmp_path / "answers")}
+    sampling = {"do_sample": True, "temperature": 50.0}
+    first, second = (
+        evaluate("c2c", arguments, "capitals_answer", gen_kwargs=sampling, numpy_random_seed=seed, **options)
+        for seed in (1, 2)
+    )
+    assert answers(first, "capitals_answer") != answers(second, "capitals_answer")
+
+
+@unaligned
 def test_cached_answers_of_another_model_are_refused(recorded_bundle: BundleOf, tmp_path: Path):
     arguments, options = {"bundle": str(recorded_bundle(UNALIGNED))}, {"use_cache": str(tmp_path / "answers")}
     evaluate("c2c", arguments, "capitals_text", **options)
     with pytest.raises(UsageError, match=r"answers_rank0\.db holds the answers of another model"):
         evaluate("c2c", {**arguments, "fuse": False}, "capitals_text", **options)
+
+
+@unaligned
+@pytest.mark.parametrize("package", ["c2c-export", "onnxruntime"])
+def test_cached_answers_of_another_version_are_refused(
+    package: str, recorded_bundle: BundleOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    arguments, options = {"bundle": str(recorded_bundle(UNALIGNED))}, {"use_cache": str(tmp_path / "answers")}
+    evaluate("c2c", arguments, "capitals_text", **options)
+    module = {"c2c-export": "c2c_export", "onnxruntime": "onnxruntime"}[package]
+    monkeypatch.setattr(f"{module}.__version__", "0.0.1")
+    with pytest.raises(UsageError, match="holds the answers of another model"):
+        evaluate("c2c", arguments, "capitals_text", **options)
+
+
+@unaligned
+@pytest.mark.parametrize("first_is_chat", [True, False])
+def test_an_answer_to_a_chat_is_none_to_its_text(first_is_chat: bool, recorded_bundle: BundleOf, tmp_path: Path):
+    first, second = (CHAT, {}) if first_is_chat else ({}, CHAT)
+    arguments, options = {"bundle": str(recorded_bundle(UNALIGNED))}, {"use_cache": str(tmp_path / "answers")}
+    evaluate("c2c", arguments, "capitals_answer", **first, **options)
+    kinds = ["chats", "raw contexts"] if first_is_chat else ["raw contexts", "chats"]
+    with pytest.raises(UsageError, match=rf"answers_rank0\.db holds answers to {kinds[0]}, this run has {kinds[1]}"):
+        evaluate("c2c", arguments, "capitals_answer", **second, **options)
+
+
+@unaligned
+def test_a_run_whose_every_answer_is_one_to_a_chat_of_the_same_text_is_refused(
+    recorded_bundle: BundleOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def as_it_is(_: object, chat: list[dict[str, str]], add_generation_prompt: bool) -> ChatContext:
+        assert add_generation_prompt
+        return ChatContext(chat[-1]["content"], [Message("user", chat[-1]["content"])], "")
+
+    monkeypatch.setattr("c2c_export.lm_eval.model.render_chat", as_it_is)
+    arguments, options = {"bundle": str(recorded_bundle(UNALIGNED))}, {"use_cache": str(tmp_path / "answers")}
+    evaluate("c2c", arguments, "capitals_answer", **CHAT, **options)
+    monkeypatch.setattr("runtime.session.Session.stream", lambda *_: pytest.fail("computed"))
+    with pytest.raises(UsageError, match="holds answers to chats, this run has raw contexts"):
+        evaluate("c2c", arguments, "capitals_answer", **options)

@@ -13,6 +13,10 @@ from checked_pairs import ENGINES, FindPair
 from polygraphy.comparator import RunResults
 from recorded_pairs import each_pair
 
+from c2c_export.check.feeds import decoder as decoder_feeds
+from c2c_export.check.graph.stored import UnreadableConstant
+from c2c_export.check.graph.weights import HeldWeight
+from c2c_export.check.graph_cases import graph_cases
 from c2c_export.check.levels.graphs import check_graphs
 
 PAIR = "qwen3_from_qwen2"
@@ -101,3 +105,49 @@ def test_results_are_saved_for_polygraphy_to_inspect(checked_pair: FindPair, tmp
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         assert "Run Results (2 runners)" in done.stdout
+
+
+@on_pair
+def test_weights_that_cannot_be_read_are_told(checked_pair: FindPair, monkeypatch: pytest.MonkeyPatch):
+    checked = checked_pair(PAIR)
+    read = HeldWeight.parameter
+
+    def unreadable(weight: HeldWeight):
+        if weight.name == "model.layers.1.mlp.up_proj.weight":
+            raise UnreadableConstant("a form that nothing reads")
+        return read(weight)
+
+    monkeypatch.setattr(HeldWeight, "parameter", unreadable)
+    context = checked.context(checked.bundle, "ort-cpu-fp32")
+    messages = {divergence.graph: divergence.message for divergence in check_graphs(context).divergences}
+    assert "1 of the graph's weights cannot be read" in messages["receiver"]
+    assert "model.layers.1.mlp.up_proj.weight is the first" in messages["receiver"]
+
+
+@on_pair
+def test_no_more_than_one_graph_is_in_memory(checked_pair: FindPair):
+    checked = checked_pair(PAIR)
+    context = checked.context(checked.bundle, "ort-cpu-fp32")
+    engine = context.engine
+    planned = engine.plan(context.prompts[0])
+    assert "pipeline" not in vars(engine), "planning loads no engine"
+    assert engine.prefill(context.prompts[0]).plan.receiver.ids.tolist() == planned.receiver.ids.tolist()
+    assert "pipeline" in vars(engine)
+    load_graph = engine.load_graph
+
+    def load_alone(name: str):
+        assert "pipeline" not in vars(engine)
+        return load_graph(name)
+
+    engine.load_graph = load_alone  # type: ignore[method-assign]
+    assert check_graphs(context).passed
+
+
+@on_pair
+def test_models_with_large_caches_are_stepped_with_one_slot(checked_pair: FindPair, monkeypatch: pytest.MonkeyPatch):
+    checked = checked_pair(PAIR)
+    monkeypatch.setattr(decoder_feeds, "_STEP_BYTES", 1)
+    case = next(graph_cases(checked.context(checked.bundle, "ort-cpu-fp32")))
+    feeds = list(case.feeds())
+    assert {len(feed.written) for feed in feeds} == {1}
+    assert sum(feed.name.startswith("a step of") for feed in feeds) == 5

@@ -9,6 +9,7 @@ import pytest
 from checked_bundles import context_of, trained_pair
 
 from c2c_export.check.level import CheckContext
+from c2c_export.check.levels import questions
 from c2c_export.check.levels.questions import check_questions
 from c2c_export.check.questions import read_questions
 from c2c_export.errors import UsageError
@@ -112,3 +113,25 @@ def test_a_file_without_questions_is_refused_with_its_line(tmp_path: Path, conte
 def test_a_missing_file_is_refused(tmp_path: Path):
     with pytest.raises(UsageError, match="expected a JSON Lines file of questions"):
         read_questions(tmp_path / "none.jsonl")
+
+
+@pytest.mark.xdist_group(UNALIGNED)
+@pytest.mark.parametrize("side", ["trained", "engine"])
+def test_likelihoods_that_are_no_numbers_fail_and_the_question_is_named(
+    side: str, recorded_bundle: BundleOf, file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    context = context_of(recorded_bundle(UNALIGNED), UNALIGNED, questions=file)
+    if side == "trained":
+        nothing = [float("nan"), float("nan"), float("nan")]
+        monkeypatch.setattr(questions, "_score_choices", lambda *arguments: nothing[: len(arguments[-1])])
+    else:
+        score = Session.score
+
+        def nothing_of(self, continuation):
+            found = score(self, continuation)
+            return type(found)(found.token_ids, [float("nan") for _ in found.log_probabilities], found.greedy)
+
+        monkeypatch.setattr(Session, "score", nothing_of)
+    result = check_questions(context)
+    assert not result.passed
+    assert "receiver: question 0" in result.divergences[0].message
