@@ -81,12 +81,31 @@ def test_the_offsets_of_a_product_are_added_to_its_weights() -> None:
 @pytest.mark.parametrize("width", [32, 72])
 def test_a_tables_blocks_are_what_onnx_runtime_looks_up(width: int) -> None:
     table = RANDOM.normal(size=(11, width)).astype(np.float32)
-    node = helper.make_node("Gather", ["weight", "ids"], ["y"], axis=0)
-    model = graph_of(node, {"ids": (TensorProto.INT64, ["N"])}, table)
+    node = helper.make_node("Gather", ["weight", "input_ids"], ["y"], axis=0)
+    model = graph_of(node, {"input_ids": (TensorProto.INT64, ["N"])}, table)
     quantize_for_cpu(model, "int4")
-    looked_up = run(model, ids=np.arange(11))
+    looked_up = run(model, input_ids=np.arange(11))
     stored = read_table_blocks(only(model, "GatherBlockQuantized"))
     np.testing.assert_allclose(stored.numbers, looked_up, rtol=1e-6)
+
+
+def test_a_table_in_the_heads_blocks_is_what_onnx_runtime_looks_up() -> None:
+    table = RANDOM.normal(size=(11, 64)).astype(np.float32)
+    node = helper.make_node("Gather", ["weight", "input_ids"], ["y"], axis=0)
+    model = graph_of(node, {"input_ids": (TensorProto.INT64, ["N"])}, table)
+    quantize_for_cpu(model, "int8")
+    lookup = only(model, "GatherBlockQuantized")
+    for operand, shape in ((0, (11, 2, 32)), (2, (11, 2, 1)), (3, (11, 2, 1))):
+        value = lookup.inputs[operand]
+        assert value is not None
+        assert value.const_value is not None
+        value.const_value = ir.Tensor(value.const_value.numpy().reshape(shape), name=value.name)
+        value.shape = value.const_value.shape
+    lookup.attributes["quantize_axis"] = ir.AttrInt64("quantize_axis", 2)
+    model.graph.outputs[0].shape = ir.Shape(["N", 2, 32])
+    looked_up = run(model, input_ids=np.arange(11))
+    assert looked_up.shape == (11, 2, 32)
+    np.testing.assert_allclose(read_table_blocks(lookup).numbers, looked_up.reshape(11, 64), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("precision", "num_rows"), [("int8", 48), ("int4", 128), ("int4", 48)])
