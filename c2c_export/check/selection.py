@@ -26,7 +26,7 @@ def engines_to_check(
         if target in (None, record.target) and precision in (None, record.precision)
     }
     if not wanted:
-        asked_for = " in ".join(part for part in (target or "an engine", precision) if part)
+        asked_for = " in ".join(part for part in (target or "engine", precision) if part)
         raise UsageError(f"{bundle.root} has no {asked_for}; it has {', '.join(bundle.manifest.engines)}")
     obstacles: dict[str, str] = {}
     for name, record in wanted.items():
