@@ -23,10 +23,10 @@ class BundlePlanner:
 
         Raises `BundleError` where one is missing or broken.
         """
+        self.bundle = bundle
         manifest = bundle.manifest
         self.receiver_tokenizer = BundledTokenizer.load(bundle.tokenizer_folder())
         """With its special tokens and the chat template."""
-        self._capacity = manifest.max_length
         numbers = range(len(manifest.sharers)) if manifest.aligned else range(0)
         self._planner = PromptPlanner(
             self.receiver_tokenizer,
@@ -45,9 +45,10 @@ class BundlePlanner:
             plan = self._planner.plan_messages(messages, sharers=sharers)
         needed = max(len(tokens.ids) for tokens in (plan.receiver, *plan.sharers.values()))
         needed += plan.closing_padding_id is not None
-        if needed > self._capacity:
+        capacity = self.bundle.manifest.max_length
+        if needed > capacity:
             raise UsageError(
-                f"the prompt takes {needed} tokens, this bundle's capacity is {self._capacity}; "
+                f"the prompt takes {needed} tokens, this bundle's capacity is {capacity}; "
                 "shorten it, or export with a larger --max-length"
             )
         return plan

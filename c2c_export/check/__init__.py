@@ -1,6 +1,7 @@
 """`c2c-export check`: prove that an engine computes what the trained models compute, level by level.
 
     options.py      what to check, with which sources, prompts and levels
+    json_lines.py   read a JSON Lines file of prompts or questions
     prompts.py      calibration prompts: a file's, or those that come with the package
     trained/        the trained models in torch: decoders over given caches, fusers, and C2C as a whole
     fitting.py      which prompts and questions a bundle can be asked at all

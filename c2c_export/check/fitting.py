@@ -49,19 +49,21 @@ def check_askable(engine: CheckedEngine, questions: Sequence[Question]) -> None:
 
     Each is planned as the level asks it: for the receiver alone, and with all sharers.
     """
+    if not questions:
+        return
     try:
-        pipeline = engine.pipeline
+        planner = engine.planner
     except Exception:  # as above
         return
-    manifest = pipeline.bundle.manifest
+    manifest = planner.bundle.manifest
     capacity, num_sharers = manifest.max_length, len(manifest.sharers)
     for number, question in enumerate(questions):
         messages = [Message("user", question.question)]
         try:
-            plans = [pipeline.make_plan(messages, [], sharers) for sharers in ((), tuple(range(num_sharers)))]
+            plans = [planner.plan(messages, [], sharers) for sharers in ((), tuple(range(num_sharers)))]
             num_rows = max(len(plan.receiver.ids) + (plan.closing_padding_id is not None) for plan in plans)
             for choice in question.choices:
-                length = num_rows + len(pipeline.continuation_ids(messages, [], [], choice))
+                length = num_rows + len(planner.continuation_ids(messages, [], [], choice))
                 if length > capacity:
                     raise UsageError(f"with {choice!r} it takes {length} tokens, this bundle's capacity is {capacity}")
         except UsageError as error:

@@ -11,11 +11,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from c2c_export.errors import UsageError, reason_of
+from c2c_export.check.json_lines import parse_json_lines
+from c2c_export.errors import UsageError
 
 BUILT_IN = "built in"
+_EXPECTED = '{"messages": [{"role": …, "content": …}]} or {"input_ids": […]}'
 
 
 class ChatMessage(BaseModel):
@@ -81,19 +83,4 @@ def read_calibration(path: Path | None) -> Calibration:
 
 
 def _parse(path: Path, content: bytes) -> list[CalibrationPrompt]:
-    prompts = []
-    for number, line in enumerate(content.splitlines(), 1):
-        if line.strip():
-            try:
-                prompts.append(CalibrationPrompt.model_validate_json(line))
-            except ValidationError as error:
-                first = error.errors()[0]
-                field = ".".join(str(part) for part in first["loc"])
-                what = f"{field}: {first['msg']}" if field else reason_of(ValueError(first["msg"]))
-                raise UsageError(
-                    f'{path}: line {number}: {what}; expected {{"messages": [{{"role": …, "content": …}}]}} or '
-                    '{"input_ids": […]}'
-                ) from error
-    if not prompts:
-        raise UsageError(f"{path}: holds no prompts; expected one JSON object a line")
-    return prompts
+    return parse_json_lines(path, content, CalibrationPrompt, "prompts", _EXPECTED)

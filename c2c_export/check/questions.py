@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
-from c2c_export.errors import UsageError, reason_of
+from c2c_export.check.json_lines import parse_json_lines
+from c2c_export.errors import UsageError
 
 
 class Question(BaseModel):
@@ -32,21 +33,7 @@ class Question(BaseModel):
 def read_questions(path: Path) -> Sequence[Question]:
     """The questions of a file. Raises `UsageError` naming file and line where one cannot be read or is none."""
     try:
-        lines = path.read_bytes().splitlines()
+        content = path.read_bytes()
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}; expected a JSON Lines file of questions") from error
-    questions = []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                questions.append(Question.model_validate_json(line))
-            except ValidationError as error:
-                first = error.errors()[0]
-                field = ".".join(str(part) for part in first["loc"])
-                what = f"{field}: {first['msg']}" if field else reason_of(ValueError(first["msg"]))
-                raise UsageError(
-                    f'{path}: line {number}: {what}; expected {{"question": …, "choices": […], "answer": 0}}'
-                ) from error
-    if not questions:
-        raise UsageError(f"{path}: holds no questions; expected one JSON object a line")
-    return questions
+    return parse_json_lines(path, content, Question, "questions", '{"question": …, "choices": […], "answer": 0}')

@@ -70,10 +70,9 @@ def test_a_question_is_planned_for_the_receiver_alone_and_with_all_sharers(too_l
         return Plan((), ModelTokens(np.arange(count), np.arange(count)), {}, count, closing_padding_id=None)
 
     manifest = SimpleNamespace(max_length=10, sharers=["first", "second"])
-    pipeline = SimpleNamespace(
-        make_plan=make_plan, continuation_ids=lambda *_: [1, 2], bundle=SimpleNamespace(manifest=manifest)
-    )
-    engine: Any = SimpleNamespace(pipeline=pipeline)
+    bundle = SimpleNamespace(manifest=manifest)
+    planner = SimpleNamespace(plan=make_plan, continuation_ids=lambda *_: [1, 2], bundle=bundle)
+    engine: Any = SimpleNamespace(planner=planner)
     with pytest.raises(
         UsageError, match=r"--questions: question 0 .* it takes 12 tokens, this bundle's capacity is 10"
     ):
