@@ -17,6 +17,19 @@ class Timings:
     """Time to first token: planning, the three prefill phases, and choosing the token."""
     decode: float
     """All tokens after the first."""
+    queued: float = 0.0
+    """Before the prompt was begun; only a scheduler lets requests wait."""
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely a generated token was to the model, before any sampling option changed its logits."""
+
+    token_id: int
+    logprob: float
+    """Natural logarithm of the probability."""
+    alternatives: tuple[tuple[int, float], ...] = ()
+    """The likeliest tokens there with theirs, the likeliest first, as many as were asked for."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +43,12 @@ class Generation:
     finish_reason: str
     """"stop" (a stop token or stop string) or "length" (`max_new_tokens` or the capacity reached)."""
     timings: Timings
+    num_prompt_tokens: int = 0
+    """The receiver's, without padding."""
+    num_reused_tokens: int = 0
+    """Those of them whose rows were there already, of an earlier turn or another request."""
+    logprobs: list[TokenLogprob] | None = None
+    """One for each of `token_ids`, if asked for."""
 
 
 @dataclass(frozen=True)
@@ -41,3 +60,5 @@ class Chunk:
     """The ids generated since the last chunk."""
     generation: Generation | None = None
     """The whole generation, in the last chunk only."""
+    logprobs: list[TokenLogprob] | None = None
+    """One for each of `token_ids`, if asked for."""

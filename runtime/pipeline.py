@@ -20,6 +20,7 @@ from engines.cores import check_threads
 from engines.select import load_engine, new_device, open_engine, wanted_engines
 from runtime.bundle_planner import BundlePlanner
 from runtime.checked import refuse_failed, warn_of_unchecked
+from runtime.conversation import Prompt, one_prompt
 from runtime.decoder import Decoder
 from runtime.freed_memory import return_freed_memory
 from runtime.fuser import Fuser
@@ -28,7 +29,7 @@ from runtime.messages import Message
 from runtime.prefill import Prefiller
 from runtime.prompt import Plan
 from runtime.score import Score
-from runtime.session import Prompt, Session, is_ids
+from runtime.session import Session
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class C2CPipeline:
         **options: Any,
     ) -> Generation:
         """Prefill one prompt, `messages` or `input_ids`, and generate; `options` are those of `Session.stream`."""
-        with self.prefill(_one_prompt(messages, input_ids), fuse=fuse, sharers=sharers) as session:
+        with self.prefill(one_prompt(messages, input_ids), fuse=fuse, sharers=sharers) as session:
             return session.generate(**options)
 
     def stream(
@@ -156,7 +157,7 @@ class C2CPipeline:
         **options: Any,
     ) -> Iterator[Chunk]:
         """As `generate`, yielding `Chunk`s. When it returns, options are checked and the prompt is prefilled."""
-        session = self.prefill(_one_prompt(messages, input_ids), fuse=fuse, sharers=sharers)
+        session = self.prefill(one_prompt(messages, input_ids), fuse=fuse, sharers=sharers)
         try:
             chunks = session.stream(**options)
         except BaseException:
@@ -177,7 +178,7 @@ class C2CPipeline:
 
         Several continuations of one prompt are better scored by one session, which prefills it once.
         """
-        with self.prefill(_one_prompt(messages, input_ids), fuse=fuse, sharers=sharers) as session:
+        with self.prefill(one_prompt(messages, input_ids), fuse=fuse, sharers=sharers) as session:
             return session.score(continuation)
 
     def release_slot(self, slot: int) -> None:
@@ -240,16 +241,6 @@ def _load_engines(bundle: Bundle, record: EngineRecord, num_slots: int, num_thre
     }
     fusers = {number: Fuser(load(f"fuser{number}", device), manifest.max_length) for number in computed}
     return _Engines(receiver, Prefiller(receiver, sharers, fusers))
-
-
-def _one_prompt(messages: str | Sequence[Any] | None, input_ids: Sequence[int] | None) -> Prompt:
-    if (messages is None) == (input_ids is None):
-        raise UsageError("give either messages or input_ids")
-    if messages is not None and is_ids(messages):
-        raise UsageError("messages holds numbers; give token ids as input_ids")
-    if input_ids is not None and not is_ids(input_ids):
-        raise UsageError("input_ids holds no token ids; expected a row of integers, or give text as messages")
-    return messages if messages is not None else input_ids  # type: ignore[return-value]
 
 
 def _stream_and_close(session: Session, chunks: Iterator[Chunk]) -> Iterator[Chunk]:

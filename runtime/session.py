@@ -3,13 +3,13 @@
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from c2c_export.errors import UsageError
+from runtime.conversation import Conversation, Prompt, as_ids, is_ids
 from runtime.detokenizer import Detokenizer
 from runtime.generation import Chunk, Generation, Timings
 from runtime.messages import Message, parse_messages
@@ -20,16 +20,6 @@ from runtime.score import Score, score_tokens
 
 if TYPE_CHECKING:
     from runtime.pipeline import C2CPipeline
-
-Prompt = str | Sequence[Mapping[str, Any] | Message] | Sequence[int]
-
-
-@dataclass
-class _Conversation:
-    """What the user has said so far: messages, or token ids."""
-
-    messages: list[Message] | None
-    ids: list[int]
 
 
 class Session:
@@ -45,7 +35,7 @@ class Session:
         self._release = weakref.finalize(self, pipeline.release_slot, slot)
         self._sharers = sharers
         self._state = SlotState()
-        self._conversation = _Conversation(None, [])
+        self._conversation = Conversation(None, [])
         self._logits: NDArray[np.float32] = np.zeros(0, dtype=np.float32)
         self._last_logits = self._logits
         self._next_position = 0
@@ -96,8 +86,8 @@ class Session:
         with an assistant message itself.
         """
         if self._conversation.messages is None:
-            ids = [*self._conversation.ids, *self._reply_ids, *_as_ids(prompt)]
-            self._start(_Conversation(None, ids))
+            ids = [*self._conversation.ids, *self._reply_ids, *as_ids(prompt)]
+            self._start(Conversation(None, ids))
             return
         if is_ids(prompt):
             raise UsageError("this session holds messages; append messages, not token ids")
@@ -105,7 +95,7 @@ class Session:
         answered = [Message("assistant", self._reply_text())] if self._reply_ids else []
         if messages[0].role == "assistant":
             answered = []
-        self._start(_Conversation([*self._conversation.messages, *answered, *messages], []))
+        self._start(Conversation([*self._conversation.messages, *answered, *messages], []))
 
     def generate(
         self,
@@ -195,12 +185,9 @@ class Session:
 
     def begin(self, prompt: Prompt) -> None:
         """Prefill the first prompt; called once, by the pipeline."""
-        if is_ids(prompt):
-            self._start(_Conversation(None, _as_ids(prompt)))
-        else:
-            self._start(_Conversation(parse_messages(prompt), []))  # type: ignore[arg-type]
+        self._start(Conversation.of(prompt))
 
-    def _start(self, conversation: _Conversation) -> None:
+    def _start(self, conversation: Conversation) -> None:
         self._check_open()
         started = time.perf_counter()
         self._plan = self._pipeline.make_plan(conversation.messages, conversation.ids, self._sharers)
@@ -334,22 +321,3 @@ def _sampling_params(options: Mapping[str, Any]) -> SamplingParams:
         known = ", ".join(SamplingParams.__dataclass_fields__)
         raise UsageError(f"unknown option {unknown[0]}; the sampling options are {known}")
     return SamplingParams(**options)
-
-
-def is_ids(prompt: Any) -> bool:
-    """Whether a prompt is a row of token ids rather than messages or text."""
-    if isinstance(prompt, np.ndarray):
-        return True
-    return (
-        isinstance(prompt, Sequence)
-        and not isinstance(prompt, str)
-        and bool(prompt)
-        and not any(isinstance(part, Mapping | Message | str) for part in prompt)
-    )
-
-
-def _as_ids(prompt: Any) -> list[int]:
-    if isinstance(prompt, str) or (not isinstance(prompt, np.ndarray) and prompt and not is_ids(prompt)):
-        raise UsageError("this session holds token ids; append token ids, not messages")
-    ids: list[int] = parse_ids(prompt).tolist()
-    return ids

@@ -33,7 +33,7 @@ from c2c_export.lm_eval.gen_kwargs import GenerationOptions, parse_gen_kwargs
 from c2c_export.tokenizer import CHAT_TEMPLATE_NAME, SPECIAL_TOKENS_NAME, TOKENIZER_NAME
 from engines.targets import target_of
 from runtime import C2CPipeline, Session
-from runtime.session import Prompt
+from runtime.conversation import Prompt
 
 _RENDERING_FILES = (TOKENIZER_NAME, SPECIAL_TOKENS_NAME, CHAT_TEMPLATE_NAME)
 _FINGERPRINT_KEY = "c2c fingerprint"

@@ -1,0 +1,94 @@
+"""What is asked of a scheduler, and the errors with which it can end a request.
+
+In: a prompt and the options of its generation. Not covered: what comes back (`runtime.generation`), and when a request
+is served (`runtime.request_queue`, `runtime.scheduler`).
+"""
+
+import math
+import uuid
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+from c2c_export.errors import C2CError, UsageError
+from runtime.conversation import Prompt
+from runtime.kept_rows import SharerRows
+from runtime.sampling import SamplingParams
+
+MAX_ALTERNATIVES = 20
+"""Of `Request.logprobs`."""
+_PRIORITIES = range(-100, 101)
+
+
+class QueueFullError(C2CError):
+    """More requests wait than the queue holds; nothing was begun. `retry_after` is an estimate, in seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(C2CError):
+    """A request's deadline passed before it was done."""
+
+
+class AbortedError(C2CError):
+    """A request was aborted."""
+
+
+class ClosedError(C2CError):
+    """The engine is closing, or closed, and takes no more requests; or it closed before this one was done."""
+
+
+def new_request_id() -> str:
+    """An id that no other request has."""
+    return uuid.uuid4().hex
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One generation. Raises `UsageError`, naming the field, for a value out of range."""
+
+    prompt: Prompt
+    """Messages, a str (one user turn), or receiver token ids."""
+    fuse: bool = True
+    """False is the receiver alone, on its plain prompt."""
+    sharers: Sequence[int] | None = None
+    """The numbers of the sharers to use; None is all of them."""
+    max_new_tokens: int | None = None
+    """None goes on to the capacity."""
+    ignore_eos: bool = False
+    """Go on after stop tokens."""
+    stop: str | Sequence[str] = ()
+    """Strings before the first of which the text ends."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    logprobs: int | None = None
+    """How many alternatives are wanted beside each token's own log-probability, 0 to 20; None wants neither."""
+    priority: int = 0
+    """A request of higher priority is served first, -100 to 100."""
+    deadline: float | None = None
+    """Seconds from submission after which the request ends with a `DeadlineError`, wherever it is."""
+    client: str = ""
+    """Whom the request is for: clients of one priority take turns."""
+    request_id: str = field(default_factory=new_request_id)
+    sharer_rows: Mapping[int, "Future[SharerRows]"] = field(default_factory=dict)
+    """Rows of these sharers are computed elsewhere, for exactly this prompt, and awaited rather than computed."""
+
+    def __post_init__(self) -> None:
+        if self.logprobs is not None:
+            _check_count("logprobs", self.logprobs, range(MAX_ALTERNATIVES + 1))
+        _check_count("priority", self.priority, _PRIORITIES)
+        if self.deadline is not None and not (
+            isinstance(self.deadline, int | float)
+            and not isinstance(self.deadline, bool)
+            and math.isfinite(self.deadline)
+            and self.deadline > 0
+        ):
+            raise UsageError(f"deadline: {self.deadline!r} is not allowed; expected a number of seconds above 0")
+
+
+def _check_count(name: str, value: object, allowed: range) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value not in allowed:
+        raise UsageError(
+            f"{name}: {value!r} is not allowed; expected an integer from {allowed.start} to {allowed.stop - 1}"
+        )
