@@ -6,9 +6,9 @@ the reference's).
 
 Results do not depend on where a run of tokens is cut, but for one thing: engines compute a single token by another path
 than several, which rounds otherwise. So no cut leaves a single token of a longer run; and no call of a decoder has one
-token more than a multiple of 16, as ONNX Runtime's attention takes tokens by blocks (of twice the head size, a multiple
-of 16) and a block of one by that path too. That holds for `GroupQueryAttention`; where a model's heads keep the portable
-`Attention` (`engines.ort`), sums over a row depend on the number of rows in use by a rounding of float32.
+token more than a multiple of 16, as ONNX Runtime's attention takes tokens by blocks (of twice the head size, which is a
+multiple of 8) and a block of one by that path too. That holds for `GroupQueryAttention`; where a model's heads keep the
+portable `Attention` (`engines.ort`), sums over a row depend on the number of rows in use, by float32's rounding.
 """
 
 from collections import deque
