@@ -5,12 +5,13 @@ A pool holds, for each cache of the model's graph, one buffer [slots,H,C,D]. A s
 too, [n,H,C,D], for a step that serves them all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
+from c2c_export.bundle import TensorSpec
 from c2c_export.errors import C2CError
 from engines.base import Buffer, Engine, View, misaligned, storage_dtype
 
@@ -26,6 +27,8 @@ class KVCachePool:
         Raises `C2CError` when the slots do not begin where `engine` wants them, or memory does not suffice.
         """
         self.num_slots = num_slots
+        self.row_bytes = cache_row_bytes(engine.inputs)
+        """What one row of all caches takes in memory."""
         self._buffers: dict[str, Buffer] = {}
         self._in_place: dict[int, Mapping[str, View]] = {}
         for spec in engine.inputs:
@@ -66,6 +69,15 @@ class KVCachePool:
     def copy_rows(self, name: str, slot: int, start: int, stop: int, into: Buffer) -> None:
         """Copy the rows [start, stop) of one cache's slot, [H, stop - start, D], to the beginning of `into`."""
         into.copy_from(self._buffers[name], slot, slice(None), slice(start, stop))
+
+
+def cache_row_bytes(inputs: Iterable[TensorSpec]) -> int:
+    """Bytes of one row of all caches, keys and values, of a decoder's graph with these `inputs`."""
+    return sum(
+        prod(int(size) for size in (spec.shape[1], spec.shape[3])) * storage_dtype(spec.dtype).itemsize
+        for spec in inputs
+        if spec.name.startswith(_PAST)
+    )
 
 
 def allocate_slots(engine: Engine, name: str, shape: tuple[int, ...], dtype: str) -> Buffer:
