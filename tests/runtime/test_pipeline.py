@@ -10,37 +10,36 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from conftest import GOLDEN
+from recorded_pairs import (
+    ALIGNED,
+    CLOSING_PADDING,
+    PAIRS,
+    PARALLEL,
+    SEQUENTIAL,
+    UNALIGNED,
+    PipelineOf,
+    every,
+    tokenizer_of,
+    unaligned,
+)
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from runtime import BundleError, C2CPipeline, UsageError
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-UNALIGNED, CLOSING_PADDING, ALIGNED = "qwen3_from_qwen2", "qwen3_from_llama_aligned", "llama_from_gemma3_aligned"
-PARALLEL, SEQUENTIAL = "two_sharers_parallel", "two_sharers_sequential"
 IDS = [5, 77, 300, 12, 511, 8, 64, 9, 250, 33, 401]
 QUESTION = "What is the capital of France?"
 GREEDY = {"ignore_eos": True}
 
-PipelineOf = Callable[[str], C2CPipeline]
 Array = np.ndarray[Any, Any]
 
 
-def every(*names: str) -> Any:
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names])
-
-
-every_pair = every(UNALIGNED, CLOSING_PADDING, ALIGNED, PARALLEL, SEQUENTIAL, "gates_closed")
-unaligned = every(UNALIGNED)
+every_pair = every(*PAIRS)
 
 
 @cache
 def model_of(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-@cache
-def tokenizer_of(name: str) -> Any:
-    return AutoTokenizer.from_pretrained(GOLDEN / name / "receiver")
 
 
 def decode(name: str, ids: Sequence[int]) -> str:
