@@ -25,6 +25,7 @@ from recorded_pairs import (
 )
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from c2c_export.bundle import read_manifest, write_manifest
 from runtime import BundleError, C2CPipeline, UsageError
 
 IDS = [5, 77, 300, 12, 511, 8, 64, 9, 250, 33, 401]
@@ -492,6 +493,18 @@ def test_a_damaged_bundle_is_refused_by_the_files_name(
         C2CPipeline.from_bundle(folder)
     weights.unlink()
     with pytest.raises(BundleError, match=r"receiver\.onnx\.data.*missing"):
+        C2CPipeline.from_bundle(folder)
+
+
+@unaligned
+def test_a_manifest_with_more_ids_than_the_engine_has_logits_is_refused(
+    name: str, recorded_bundle: Callable[[str], Path], tmp_path: Path
+):
+    folder = Path(shutil.copytree(recorded_bundle(name), tmp_path / name))
+    manifest = read_manifest(folder)
+    receiver = manifest.receiver.model_copy(update={"vocab_size": manifest.receiver.vocab_size + 1})
+    write_manifest(folder, manifest.model_copy(update={"receiver": receiver}))
+    with pytest.raises(BundleError, match=r"manifest\.json: field receiver\.vocab_size is 513, expected at most 512,"):
         C2CPipeline.from_bundle(folder)
 
 
