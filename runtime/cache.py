@@ -1,18 +1,19 @@
 """The KV cache pool of one model: every buffer allocated once, each slot one contiguous view that is never copied.
 
 A pool holds, for each cache of the model's graph, one buffer [slots,H,C,D]. A slot is one request's rows; its view
-[1,H,C,D] is bound both as the graph's input `past_<name>` and as its output `<name>`. The first n slots are one view
+[1,H,C,D] is bound both as the graph's input `past_<name>` and as its output `<name>`. Neighbouring slots are one view
 too, [n,H,C,D], for a step that serves them all.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
 from c2c_export.errors import C2CError
-from engines.base import Buffer, Engine, View, misaligned, storage_dtype
+from engines.base import Array, Buffer, Engine, View, misaligned, storage_dtype
 
 _PAST = "past_"
 
@@ -34,6 +35,19 @@ class KVCachePool:
                 self._buffers[spec.name.removeprefix(_PAST)] = allocate_slots(engine, spec.name, shape, spec.dtype)
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """Of all caches."""
+        return tuple(self._buffers)
+
+    @property
+    def row_bytes(self) -> int:
+        """What one row of all caches takes."""
+        return sum(
+            buffer.shape[1] * buffer.shape[3] * storage_dtype(buffer.dtype).itemsize
+            for buffer in self._buffers.values()
+        )
+
+    @property
     def slot_bytes(self) -> int:
         """What one slot of all caches takes in memory, at full capacity."""
         return sum(prod(buffer.shape[1:]) * storage_dtype(buffer.dtype).itemsize for buffer in self._buffers.values())
@@ -52,20 +66,39 @@ class KVCachePool:
             self._in_place[slot] = bindings
         return self._in_place[slot]
 
-    def first_in_place(self, num_slots: int) -> Mapping[str, View]:
-        """Bindings, as input and as output, of every cache of slots 0 to `num_slots` - 1: [num_slots,H,C,D] each."""
+    def range_in_place(self, slots: range) -> Mapping[str, View]:
+        """Bindings, as input and as output, of every cache of neighbouring slots: [len(slots),H,C,D] each."""
         bindings = {}
         for name, buffer in self._buffers.items():
-            bindings[name] = bindings[_PAST + name] = buffer.view(shape=(num_slots, *buffer.shape[1:]))
+            bindings[name] = bindings[_PAST + name] = view_of_slots(buffer, slots)
         return bindings
 
     def read_rows(self, name: str, slot: int, start: int, stop: int) -> NDArray[np.float32]:
         """A host copy of the rows [start, stop) of one cache's slot: [H, stop - start, D]."""
         return self._buffers[name].read(slot, slice(None), slice(start, stop)).astype(np.float32, copy=False)
 
+    def take_rows(self, names: Iterable[str], slot: int, start: int, stop: int) -> dict[str, Array]:
+        """Host copies of the rows [start, stop) of a slot in these caches, [H, stop - start, D] each.
+
+        In the caches' own dtype, so that `put_rows` gives the same bits.
+        """
+        return {name: self._buffers[name].read(slot, slice(None), slice(start, stop)) for name in names}
+
+    def put_rows(self, slot: int, start: int, rows: Mapping[str, Array]) -> None:
+        """Write rows, [H, n, D] for each cache named, into the rows of a slot from `start` on."""
+        for name, values in rows.items():
+            self._buffers[name].write(values, slot, slice(None), slice(start, start + values.shape[1]))
+
     def copy_rows(self, name: str, slot: int, start: int, stop: int, into: Buffer) -> None:
         """Copy the rows [start, stop) of one cache's slot, [H, stop - start, D], to the beginning of `into`."""
         into.copy_from(self._buffers[name], slot, slice(None), slice(start, stop))
+
+
+def view_of_slots(buffer: Buffer, slots: range) -> View:
+    """The view [len(slots), …] of neighbouring slots along the first dimension of `buffer`."""
+    if not 0 <= slots.start < slots.stop <= buffer.shape[0]:
+        raise ValueError(f"slots {slots.start} to {slots.stop - 1} of {buffer.shape[0]}")
+    return replace(buffer.view(slots.start), shape=(len(slots), *buffer.shape[1:]))
 
 
 def allocate_slots(engine: Engine, name: str, shape: tuple[int, ...], dtype: str) -> Buffer:

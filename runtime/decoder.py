@@ -1,4 +1,4 @@
-"""Run a decoder graph, receiver or sharer, over one slot of its pool, or one token over each of the first slots."""
+"""Run a decoder graph, receiver or sharer, over one slot of its pool, or one token over each of neighbouring slots."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,8 +6,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from c2c_export.errors import C2CError
-from engines.base import Binding, Buffer, Device, Engine, View
-from runtime.cache import KVCachePool, allocate_slots
+from engines.base import Array, Binding, Buffer, Device, Engine, View
+from runtime.cache import KVCachePool, allocate_slots, view_of_slots
 
 Int64Array = NDArray[np.int64]
 
@@ -17,7 +17,7 @@ class Decoder:
 
     The graph is described in `c2c_export.trace.decoder`. The decoder owns the buffers and the bindings, of which it
     keeps one for each slot: that of a step of one token, so that a step does nothing for each layer; and one for each
-    number of slots that `run_step` served. Not thread-safe.
+    range of slots that `run_step` served. Not thread-safe.
     """
 
     def __init__(self, engine: Engine, num_slots: int, max_length: int, vocab_size: int | None = None) -> None:
@@ -29,7 +29,7 @@ class Decoder:
         self._vocab_size = vocab_size
         self.pool = KVCachePool(engine, num_slots)
         self._steps: dict[int, Binding] = {}
-        self._shared_steps: dict[int, Binding] = {}
+        self._shared_steps: dict[range, Binding] = {}
         self._max_length = max_length
         names = {spec.name for spec in engine.inputs}
         allocate = engine.device.allocate
@@ -101,15 +101,17 @@ class Decoder:
         ids: Sequence[int] | Int64Array,
         position_ids: Sequence[int] | Int64Array,
         write_indices: Sequence[int] | Int64Array,
+        first_slot: int = 0,
     ) -> None:
-        """Queue one token for each of the slots 0 to n-1 in one run of the engine; n is the length of all three.
+        """Queue one token for each of n neighbouring slots in one run of the engine; n is the length of all three.
 
-        Token i is written into row `write_indices[i]` of slot i, and sees that row and those before it. The tokens'
-        logits can be had from `step_logits`. Raises `C2CError` naming an id that the model does not embed.
+        Token i is written into row `write_indices[i]` of slot `first_slot` + i, and sees that row and those before it.
+        The tokens' logits can be had from `step_logits`. Raises `C2CError` naming an id that the model does not embed.
         """
         num_slots = len(ids)
-        if not 1 <= num_slots <= self.pool.num_slots:
-            raise ValueError(f"a step for {num_slots} slots of a pool of {self.pool.num_slots}")
+        slots = range(first_slot, first_slot + num_slots)
+        if num_slots < 1 or first_slot < 0 or slots.stop > self.pool.num_slots:
+            raise ValueError(f"a step for slots {first_slot} to {slots.stop - 1} of a pool of {self.pool.num_slots}")
         self._check_ids(ids)
         rows = np.asarray(write_indices, dtype=np.int64)
         by_name = {
@@ -122,11 +124,20 @@ class Decoder:
         for name, buffer in {**self._by_token, **self._by_request}.items():
             buffer.write(by_name[name], slice(0, num_slots))
         if self._row_position_ids is not None:
-            for slot, (row, position) in enumerate(zip(rows, by_name["position_ids"], strict=True)):
+            for slot, row, position in zip(slots, rows, by_name["position_ids"], strict=True):
                 self._row_position_ids.write(np.array([position]), slot, slice(int(row), int(row) + 1))
-        if num_slots not in self._shared_steps:
-            self._shared_steps[num_slots] = self._bind((), num_slots, 1, self.pool.first_in_place(num_slots))
-        self._engine.run(self._shared_steps[num_slots])
+        if slots not in self._shared_steps:
+            self._shared_steps[slots] = self._bind(slots, 1, self.pool.range_in_place(slots))
+        self._engine.run(self._shared_steps[slots])
+
+    def put_rows(self, slot: int, position_ids: Int64Array, start: int, rows: Mapping[str, Array]) -> None:
+        """Write rows that were computed before, [H, n, D] for each cache named, into a slot's rows from `start` on.
+
+        `position_ids` [n] are those of their tokens.
+        """
+        self.pool.put_rows(slot, start, rows)
+        if self._row_position_ids is not None:
+            self._row_position_ids.write(position_ids, slot, slice(start, start + len(position_ids)))
 
     def _check_ids(self, ids: Sequence[int] | Int64Array) -> None:
         """An engine need not: looking up a row that an integer table does not have gives zeros."""
@@ -138,18 +149,20 @@ class Decoder:
             raise C2CError(f"token id {outside[0]}: expected ids from 0 to {self._vocab_size - 1}, those of the model")
 
     def _binding(self, slot: int, num_tokens: int) -> Binding:
+        slots = range(slot, slot + 1)
         if num_tokens > 1:  # a prompt's length may never come again
-            return self._bind((slot,), 1, num_tokens, self.pool.in_place(slot))
+            return self._bind(slots, num_tokens, self.pool.in_place(slot))
         if slot not in self._steps:
-            self._steps[slot] = self._bind((slot,), 1, 1, self.pool.in_place(slot))
+            self._steps[slot] = self._bind(slots, 1, self.pool.in_place(slot))
         return self._steps[slot]
 
-    def _bind(self, slot: tuple[int, ...], num_slots: int, num_tokens: int, caches: Mapping[str, View]) -> Binding:
-        """Bind `caches`, those of `slot` alone or, where that is empty, of the first `num_slots` slots."""
+    def _bind(self, slots: range, num_tokens: int, caches: Mapping[str, View]) -> Binding:
+        """Bind `caches`, those of `slots`."""
+        num_slots = len(slots)
         views = {name: buffer.view(shape=(num_slots, num_tokens)) for name, buffer in self._by_token.items()}
         views |= {name: buffer.view(shape=(num_slots,)) for name, buffer in self._by_request.items()}
         if self._row_position_ids is not None:
-            views["row_position_ids"] = self._row_position_ids.view(*slot, shape=(num_slots, self._max_length))
+            views["row_position_ids"] = view_of_slots(self._row_position_ids, slots)
         if self._logits is not None:
             views["logits"] = self._logits.view(shape=(num_slots, 1, self._logits.shape[1]))
         return self._engine.bind({**views, **caches})

@@ -31,6 +31,11 @@ class Fuser:
                 elements = int(num_heads) * int(head_dim) * max_length
                 self._unfused[spec.name.removeprefix(_UNFUSED)] = allocate((elements,), spec.dtype)
 
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """The names of the receiver's caches that it changes."""
+        return tuple(spec.name for spec in self._engine.outputs)
+
     def keep_unfused(self, receiver: KVCachePool, slot: int, rows: range) -> None:
         """Keep the receiver's rows as they are now, before any fuser changes them, if the graph wants them.
 

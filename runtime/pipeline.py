@@ -121,7 +121,7 @@ class C2CPipeline:
         `sharers` are the numbers of the sharers to use, all of them by default. `fuse=False`, or an empty list, is the
         receiver alone on its plain prompt. Raises `UsageError` for an empty or over-long prompt, or unknown sharers.
         """
-        selected = self._select_sharers(fuse, sharers)
+        selected = self.select_sharers(fuse, sharers)
         if not self._free_slots:
             raise C2CError(
                 f"all {self._num_slots} slots are in use; close a session, or load the bundle with a larger num_slots"
@@ -189,6 +189,28 @@ class C2CPipeline:
         """The plan for messages, or for ids when `messages` is None; `UsageError` when it exceeds the capacity."""
         return self._planner.plan(messages, ids, sharers)
 
+    def select_sharers(self, fuse: bool, sharers: Sequence[int] | None) -> tuple[int, ...]:
+        """The numbers of the sharers that a call uses. Raises `UsageError` for one that there is not."""
+        available = range(len(self.bundle.manifest.sharers))
+        if not fuse:
+            return ()
+        if sharers is None:
+            return tuple(available)
+        if isinstance(sharers, str) or not isinstance(sharers, Sequence):
+            raise UsageError(f"sharers is {sharers!r}, expected a list of sharer numbers")
+        for number in sharers:
+            if isinstance(number, bool) or not isinstance(number, int) or number not in available:
+                has = f"sharers 0 to {len(available) - 1}" if available else "no sharers"
+                raise UsageError(f"sharer {number!r}: this bundle has {has}")
+        return tuple(sorted(set(sharers)))
+
+    def take_all_slots(self) -> range:
+        """Take every slot, for good. Raises `C2CError` when a session holds one."""
+        if len(self._free_slots) < self._num_slots:
+            raise C2CError("sessions of this pipeline are open; close them before its slots are given to a scheduler")
+        self._free_slots.clear()
+        return range(self._num_slots)
+
     def continuation_ids(
         self, messages: list[Message] | None, ids: Sequence[int], generated: Sequence[int], text: str
     ) -> list[int]:
@@ -204,20 +226,6 @@ class C2CPipeline:
         """Copies of the first rows of a receiver layer's key and value in a slot, each [Ht, num_rows, Dt]."""
         pool = self.receiver.pool
         return pool.read_rows(f"key.{layer}", slot, 0, num_rows), pool.read_rows(f"value.{layer}", slot, 0, num_rows)
-
-    def _select_sharers(self, fuse: bool, sharers: Sequence[int] | None) -> tuple[int, ...]:
-        available = range(len(self.bundle.manifest.sharers))
-        if not fuse:
-            return ()
-        if sharers is None:
-            return tuple(available)
-        if isinstance(sharers, str) or not isinstance(sharers, Sequence):
-            raise UsageError(f"sharers is {sharers!r}, expected a list of sharer numbers")
-        for number in sharers:
-            if isinstance(number, bool) or not isinstance(number, int) or number not in available:
-                has = f"sharers 0 to {len(available) - 1}" if available else "no sharers"
-                raise UsageError(f"sharer {number!r}: this bundle has {has}")
-        return tuple(sorted(set(sharers)))
 
 
 def _load_engines(bundle: Bundle, record: EngineRecord, num_slots: int, num_threads: int | None) -> _Engines:

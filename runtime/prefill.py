@@ -1,68 +1,30 @@
-"""Prefill and fuse one slot according to a `Plan`, reusing the rows that a former plan left there.
+"""Prefill and fuse one slot according to a `Plan`, reusing the rows that are there already.
 
-Sharers are prefilled in one call each, up to the last fused token: their rows never change. The receiver is prefilled
-up to the end of each fused section, whose rows are then fused before the next section attends to them (arXiv
-2510.03215; the order is the reference's).
+`runtime.prefill_work` says what is computed in which order, `runtime.slot_state` what is reused. Here the engines are
+run, a piece at a time, so that a scheduler can do other work between pieces.
 
 On a GPU the sharers and the receiver have queues of their own and compute at the same time; the receiver's queue waits
 for a sharer's where a fuser first reads that sharer's rows.
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
 
 import numpy as np
 
+from c2c_export.errors import C2CError
 from engines.base import Device, Event
+from runtime.cache import KVCachePool
 from runtime.decoder import Decoder, Int64Array
 from runtime.fuser import Fuser
-from runtime.prompt import ModelTokens, Plan
+from runtime.kept_rows import CacheRows, KeptRows, SharerRows
+from runtime.prefill_work import AwaitSharer, FuseSection, Piece, PrefillReceiver, PrefillSharer, PrefillWork
+from runtime.prompt import Plan
+from runtime.slot_state import FusedRows, Reuse, SlotState, find_reuse
 
 _Span = tuple[Event, Event]
-
-_FIRST_ROOM = 64
-NO_TOKENS = ModelTokens(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
-
-
-@dataclass(frozen=True)
-class FusedRows:
-    """A fused section as rows [start, stop) of the receiver, and the position behind its last one."""
-
-    start: int
-    stop: int
-    stop_position: int
-    """Exclusive: rows of sharers at this position and later are not read for the section."""
-
-
-@dataclass
-class SlotState:
-    """What the rows of a slot hold: tokens by row, for the receiver and each sharer, and which rows are fused."""
-
-    receiver: ModelTokens = NO_TOKENS
-    sharers: dict[int, ModelTokens] = field(default_factory=dict)
-    fused: tuple[FusedRows, ...] = ()
-    _grown: ModelTokens = NO_TOKENS
-    """What `receiver` was made by the last `append`: the beginning of `_room`."""
-    _room: ModelTokens = NO_TOKENS
-
-    @property
-    def num_rows(self) -> int:
-        """The receiver's real rows."""
-        return len(self.receiver.ids)
-
-    def append(self, token_id: int, position_id: int) -> None:
-        """Record one more unfused receiver row, a generated token's; O(1), as room doubles where it ends.
-
-        Arrays that `receiver` had before stay as they are.
-        """
-        num_rows = self.num_rows
-        if self.receiver is not self._grown or num_rows == len(self._room.ids):
-            padding = (0, max(num_rows, _FIRST_ROOM))
-            self._room = ModelTokens(np.pad(self.receiver.ids, padding), np.pad(self.receiver.position_ids, padding))
-        self._room.ids[num_rows], self._room.position_ids[num_rows] = token_id, position_id
-        stop = num_rows + 1
-        self._grown = self.receiver = ModelTokens(self._room.ids[:stop], self._room.position_ids[:stop])
 
 
 @dataclass(frozen=True)
@@ -79,73 +41,195 @@ class Prefiller:
 
     def __init__(self, receiver: Decoder, sharers: Mapping[int, Decoder], fusers: Mapping[int, Fuser]) -> None:
         """`sharers` and `fusers` lack the sharers whose gates are all closed: nothing is computed for them."""
-        self._receiver = receiver
+        self.receiver = receiver
         self.sharers = sharers
-        self._fusers = fusers
+        self.fusers = fusers
 
-    def run(self, slot: int, state: SlotState, plan: Plan) -> PrefillTimings:
+    def target(self, plan: Plan) -> SlotState:
+        """The rows that `plan` wants."""
+        return SlotState.of(plan, self.fusers.keys())
+
+    def run(self, slot: int, state: SlotState, plan: Plan) -> "Prefill":
         """Bring `slot` from `state` to `plan`, updating `state`; afterwards the receiver's logits are the prompt's.
 
-        If it raises, the slot's rows are neither those of `state` nor those of `plan`.
+        Returns the prefill, done. If it raises, the slot's rows are neither those of `state` nor those of `plan`.
         """
-        target = _state_of(plan, self._fusers.keys())
-        reusable_sharer_rows = {
-            number: _common_rows(state.sharers.get(number, NO_TOKENS), tokens)
-            for number, tokens in target.sharers.items()
-        }
-        first_row = _reusable_rows(state, target, reusable_sharer_rows)
-
-        sharer_spans: list[_Span] = []
-        receiver_spans: list[_Span] = []
-        fuse_spans: list[_Span] = []
-        device = self._receiver.device
-        unfinished: list[Event] = []
-        for number, tokens in target.sharers.items():
-            done = reusable_sharer_rows[number]
-            if done < len(tokens.ids):
-                sharer = self.sharers[number]
-                # An interrupted call may have left a fuser that still reads the rows that are written now.
-                sharer.device.wait(device.record())
-                with _timed(sharer.device, sharer_spans):
-                    sharer.run(slot, tokens.ids[done:], tokens.position_ids[done:], done)
-                unfinished.append(sharer.device.record())
-
-        for section in target.fused:
-            if section.stop > first_row:
-                with _timed(device, receiver_spans):
-                    self._prefill_receiver(slot, target.receiver, first_row, section.stop)
-                while unfinished:
-                    device.wait(unfinished.pop())
-                with _timed(device, fuse_spans):
-                    self._fuse(slot, target, section)
-                first_row = section.stop
-        with _timed(device, receiver_spans):
-            self._prefill_receiver(slot, target.receiver, first_row, len(target.receiver.ids), closing_padding_of=plan)
-        timings = PrefillTimings(_seconds(sharer_spans), _seconds(receiver_spans), _seconds(fuse_spans))
+        target = self.target(plan)
+        prefill = Prefill(self, slot, plan, find_reuse(state, target))
+        while not prefill.done:
+            prefill.advance()
         state.receiver, state.sharers, state.fused = target.receiver, target.sharers, target.fused
-        return timings
+        return prefill
 
-    def _prefill_receiver(
-        self, slot: int, tokens: ModelTokens, start: int, stop: int, closing_padding_of: Plan | None = None
+
+class Prefill:
+    """One prefill under way. Its slot's rows are those that its plan wants when it is done, and not before.
+
+    The receiver's logits are the prompt's from the piece on that `gives_logits` until the receiver runs anything else.
+    """
+
+    def __init__(
+        self,
+        prefiller: Prefiller,
+        slot: int,
+        plan: Plan,
+        reuse: Reuse,
+        *,
+        keep_unfused: bool = False,
+        sharer_rows: Mapping[int, "Future[SharerRows]"] | None = None,
     ) -> None:
-        ids, position_ids, num_hidden = tokens.ids[start:stop], tokens.position_ids[start:stop], 0
-        if closing_padding_of is not None and closing_padding_of.closing_padding_id is not None:
-            ids = np.append(ids, closing_padding_of.closing_padding_id)
-            position_ids = np.append(position_ids, closing_padding_of.num_positions - 1)
-            num_hidden = 1
-        if len(ids):
-            self._receiver.run(slot, ids, position_ids, start, num_hidden=num_hidden)
+        """The slot's rows are those that `reuse` says.
 
-    def _fuse(self, slot: int, target: SlotState, section: FusedRows) -> None:
-        rows = range(section.start, section.stop)
-        positions = target.receiver.position_ids[section.start : section.stop]
-        selected = sorted(target.sharers)
-        pool = self._receiver.pool
-        for number in selected:
-            self._fusers[number].keep_unfused(pool, slot, rows)
-        for number in selected:
+        With `keep_unfused` the rows of each section are copied before they are fused, for `kept_rows`. `sharer_rows`
+        are rows that are computed elsewhere; those of sharers that compute nothing here are ignored.
+        """
+        self._prefiller, self._slot, self._plan = prefiller, slot, plan
+        self._target = prefiller.target(plan)
+        self._awaited = {
+            number: rows
+            for number, rows in (sharer_rows or {}).items()
+            if reuse.sharer_rows.get(number, 0) < len(self._target.sharers.get(number, plan.receiver).ids)
+            and number in self._target.sharers
+        }
+        self._work = PrefillWork(
+            self._target, reuse, closing_padding=plan.closing_padding_id is not None, awaited=self._awaited
+        )
+        self.keeps_unfused = keep_unfused
+        """Whether `kept_rows` may be asked."""
+        self._unfused: dict[FusedRows, CacheRows] = {}
+        self._sharer_spans: list[_Span] = []
+        self._receiver_spans: list[_Span] = []
+        self._fuse_spans: list[_Span] = []
+        self._unfinished: list[Event] = []
+        self.num_reused_rows = reuse.num_rows
+        """The receiver's rows that were there already."""
+        self.num_rows = reuse.num_rows
+        """The receiver's rows that are there by now; those beyond may be written over meanwhile."""
+
+    @property
+    def done(self) -> bool:
+        """Whether the slot holds what the plan wants."""
+        return self._work.done
+
+    @property
+    def next_piece(self) -> Piece:
+        """What `advance` does next; not to be asked when done."""
+        return self._work.next
+
+    def gives_logits(self, piece: Piece) -> bool:
+        """Whether a piece that was just run left the prompt's logits in the receiver."""
+        num_rows = self._target.num_rows + (self._plan.closing_padding_id is not None)
+        return isinstance(piece, PrefillReceiver) and piece.stop == num_rows
+
+    @property
+    def num_rows_left(self) -> int:
+        """Rows that are still to be computed, of all models and fusers."""
+        return self._work.num_rows_left
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the next piece needs rows that are computed elsewhere and are not there yet."""
+        if self.done:
+            return False
+        piece = self._work.next
+        return isinstance(piece, AwaitSharer) and not self._awaited[piece.number].done()
+
+    def advance(self, max_rows: int | None = None) -> Piece:
+        """Run the next piece, about `max_rows` of it at most, and return what was run.
+
+        Waits for rows that are computed elsewhere where `waiting`. Raises what their future raises, and `C2CError`
+        when an engine fails; the slot's rows are lost then.
+        """
+        piece = self._work.take(max_rows)
+        match piece:
+            case AwaitSharer():
+                self._write_sharer(self._awaited[piece.number].result(), piece.number)
+            case PrefillSharer():
+                self._prefill_sharer(piece)
+            case PrefillReceiver():
+                with _timed(self._prefiller.receiver.device, self._receiver_spans):
+                    self._prefill_receiver(piece)
+                self.num_rows = max(self.num_rows, piece.stop)
+            case FuseSection():
+                device = self._prefiller.receiver.device
+                while self._unfinished:
+                    device.wait(self._unfinished.pop())
+                if self.keeps_unfused and piece.start == piece.section.start:
+                    self._unfused[piece.section] = self._read_unfused(piece.section)
+                with _timed(device, self._fuse_spans):
+                    self._fuse(range(piece.start, piece.stop))
+        return piece
+
+    def timings(self) -> PrefillTimings:
+        """What each phase took so far; waits for the devices."""
+        spans = (self._sharer_spans, self._receiver_spans, self._fuse_spans)
+        return PrefillTimings(*(sum(stop.seconds_since(start) for start, stop in phase) for phase in spans))
+
+    def kept_rows(self, before: KeptRows | None) -> KeptRows:
+        """Copies of all rows, to be put into another slot; to be asked when done, before anything is generated.
+
+        `before` is what the slot was begun with: it has the unfused rows of the sections that were not fused again.
+        """
+        target = self._target
+        unfused = {**(before.unfused if before is not None else {}), **self._unfused}
+        return KeptRows(
+            state=target,
+            receiver=take_all_rows(self._prefiller.receiver.pool, self._slot, target.num_rows),
+            unfused={section: rows for section, rows in unfused.items() if section in target.fused},
+            sharers={
+                number: take_all_rows(self._prefiller.sharers[number].pool, self._slot, len(tokens.ids))
+                for number, tokens in target.sharers.items()
+            },
+        )
+
+    def _prefill_sharer(self, piece: PrefillSharer) -> None:
+        sharer, tokens = self._prefiller.sharers[piece.number], self._target.sharers[piece.number]
+        # An interrupted prefill may have left a fuser that still reads the rows that are written now.
+        sharer.device.wait(self._prefiller.receiver.device.record())
+        rows = slice(piece.start, piece.stop)
+        with _timed(sharer.device, self._sharer_spans):
+            sharer.run(self._slot, tokens.ids[rows], tokens.position_ids[rows], piece.start)
+        self._unfinished.append(sharer.device.record())
+
+    def _write_sharer(self, rows: SharerRows, number: int) -> None:
+        sharer, tokens = self._prefiller.sharers[number], self._target.sharers[number]
+        num_rows = len(tokens.ids)
+        if (
+            rows.number != number
+            or not np.array_equal(rows.tokens.ids[:num_rows], tokens.ids)
+            or not np.array_equal(rows.tokens.position_ids[:num_rows], tokens.position_ids)
+        ):
+            raise C2CError(f"the rows handed over for sharer {number} are not those of this prompt")
+        sharer.device.wait(self._prefiller.receiver.device.record())
+        sharer.put_rows(
+            self._slot, tokens.position_ids, 0, {name: cache[:, :num_rows] for name, cache in rows.rows.items()}
+        )
+        self._unfinished.append(sharer.device.record())
+
+    def _prefill_receiver(self, piece: PrefillReceiver) -> None:
+        tokens, plan = self._target.receiver, self._plan
+        stop = piece.stop - piece.closing
+        ids, position_ids = tokens.ids[piece.start : stop], tokens.position_ids[piece.start : stop]
+        if piece.closing:
+            assert plan.closing_padding_id is not None
+            ids = np.append(ids, plan.closing_padding_id)
+            position_ids = np.append(position_ids, plan.num_positions - 1)
+        self._prefiller.receiver.run(self._slot, ids, position_ids, piece.start, num_hidden=int(piece.closing))
+
+    def _fuse(self, rows: range) -> None:
+        target = self._target
+        positions = target.receiver.position_ids[rows.start : rows.stop]
+        pool = self._prefiller.receiver.pool
+        for number in sorted(target.sharers):
+            self._prefiller.fusers[number].keep_unfused(pool, self._slot, rows)
+        for number in sorted(target.sharers):
             sharer_rows: Int64Array = np.searchsorted(target.sharers[number].position_ids, positions).astype(np.int64)
-            self._fusers[number].run(pool, self.sharers[number].pool, slot, rows, sharer_rows)
+            sharer_pool = self._prefiller.sharers[number].pool
+            self._prefiller.fusers[number].run(pool, sharer_pool, self._slot, rows, sharer_rows)
+
+    def _read_unfused(self, section: FusedRows) -> CacheRows:
+        changed = {name for number in self._target.sharers for name in self._prefiller.fusers[number].changed}
+        return self._prefiller.receiver.pool.take_rows(sorted(changed), self._slot, section.start, section.stop)
 
 
 @contextlib.contextmanager
@@ -155,50 +239,6 @@ def _timed(device: Device, spans: list[_Span]) -> Iterator[None]:
     spans.append((start, device.record()))
 
 
-def _seconds(spans: list[_Span]) -> float:
-    return sum(stop.seconds_since(start) for start, stop in spans)
-
-
-def _state_of(plan: Plan, computed: Collection[int]) -> SlotState:
-    """The rows that `plan` wants of the receiver and of those of its sharers that are computed at all.
-
-    With none of them no section is fused, and the prompt, gaps and all, is computed like one that is not fused.
-    Sharer tokens behind the last fused position are left out: nothing reads them.
-    """
-    selected = {number: tokens for number, tokens in plan.sharers.items() if number in computed}
-    fused = []
-    for section in plan.sections:
-        if section.fused and selected:
-            start, stop = np.searchsorted(plan.receiver.position_ids, (section.start, section.stop))
-            fused.append(FusedRows(int(start), int(stop), section.stop))
-    last_position = fused[-1].stop_position if fused else 0
-    sharers = {}
-    for number, tokens in selected.items():
-        num_rows = int(np.searchsorted(tokens.position_ids, last_position))
-        sharers[number] = ModelTokens(tokens.ids[:num_rows], tokens.position_ids[:num_rows])
-    return SlotState(plan.receiver, sharers, tuple(fused))
-
-
-def _common_rows(old: ModelTokens, new: ModelTokens) -> int:
-    """How many leading rows hold the same tokens at the same positions."""
-    shorter = min(len(old.ids), len(new.ids))
-    same = (old.ids[:shorter] == new.ids[:shorter]) & (old.position_ids[:shorter] == new.position_ids[:shorter])
-    return shorter if bool(same.all()) else int(np.argmin(same))
-
-
-def _reusable_rows(state: SlotState, target: SlotState, sharer_rows: Mapping[int, int]) -> int:
-    """How many leading receiver rows of `state` are exactly those that `target` wants.
-
-    A fused section is reused whole or not at all, since its tokens attend to each other's unfused rows, and only if its
-    sharers read the same up to its end. The last row is always computed again, for its logits.
-    """
-    rows = min(_common_rows(state.receiver, target.receiver), len(target.receiver.ids) - 1)
-    same_sharers = state.sharers.keys() == target.sharers.keys()
-    for section in sorted({*state.fused, *target.fused}, key=lambda section: section.start):
-        covered = same_sharers and all(
-            np.searchsorted(tokens.position_ids, section.stop_position) <= sharer_rows[number]
-            for number, tokens in target.sharers.items()
-        )
-        if not (section in state.fused and section in target.fused and section.stop <= rows and covered):
-            rows = min(rows, section.start)
-    return rows
+def take_all_rows(pool: KVCachePool, slot: int, num_rows: int) -> CacheRows:
+    """Copies of the first rows of all caches of a slot."""
+    return pool.take_rows(pool.names, slot, 0, num_rows)

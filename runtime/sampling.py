@@ -8,8 +8,9 @@ numpy's, so a seed does not repeat what torch draws from it. Not covered: beam s
 transformers, batches (one `Sampler` per request).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,15 @@ class SamplingParams:
     """Divides (negative: multiplies) the logits of tokens seen before, greedy or not: 1e-30 to 1e30, 1.0 is off."""
     seed: int | None = None
     """Seed of the draws, 0 or more; None draws fresh entropy."""
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "SamplingParams":
+        """The parameters with these fields. Raises `UsageError` for one that there is not."""
+        unknown = sorted(options.keys() - cls.__dataclass_fields__.keys())
+        if unknown:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise UsageError(f"unknown option {unknown[0]}; the sampling options are {known}")
+        return cls(**options)
 
     def __post_init__(self) -> None:
         if self.temperature is not None:

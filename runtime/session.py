@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 
 from c2c_export.errors import UsageError
 from runtime.conversation import Conversation, Prompt, as_ids, is_ids
-from runtime.detokenizer import Detokenizer
 from runtime.generation import Chunk, Generation, Timings
 from runtime.messages import Message, parse_messages
-from runtime.prefill import PrefillTimings, SlotState
+from runtime.prefill import PrefillTimings
 from runtime.prompt import Plan, parse_ids
+from runtime.reply import EndedBy, Reply, generation_limit
 from runtime.sampling import Sampler, SamplingParams
 from runtime.score import Score, score_tokens
+from runtime.slot_state import SlotState
 
 if TYPE_CHECKING:
     from runtime.pipeline import C2CPipeline
@@ -45,6 +46,7 @@ class Session:
         self._current_stream: object = None
         self._prefill_seconds = 0.0
         self._timings = PrefillTimings(0.0, 0.0, 0.0)
+        self._num_reused = 0
 
     @property
     def logits(self) -> NDArray[np.float32]:
@@ -127,14 +129,12 @@ class Session:
         together exceed the capacity.
         """
         self._check_open()
-        limit = self._check_limit(max_new_tokens)
-        if not isinstance(stop, Sequence):
-            raise UsageError(f"stop is {stop!r}, expected a string or a list of strings")
-        stop_strings = (stop,) if isinstance(stop, str) else tuple(stop)
-        detokenizer = Detokenizer(self._pipeline.tokenizer, stop_strings)
-        sampler = Sampler(_sampling_params(sampling))
-        self._current_stream = sampler
-        return self._generate(limit, ignore_eos, detokenizer, sampler)
+        limit = generation_limit(max_new_tokens, self._state.num_rows, self._room(), self._capacity)
+        stop_ids = () if ignore_eos else self._pipeline.bundle.manifest.stop_ids
+        reply = Reply(self._pipeline.tokenizer, limit=limit, stop_ids=stop_ids, stop=stop)
+        sampler = Sampler(SamplingParams.of(sampling))
+        self._current_stream = reply
+        return self._generate(reply, sampler)
 
     def begin_reply(self, reply: str | Sequence[int]) -> None:
         """Let the answer begin with `reply` (or go on with it), as if it had been generated.
@@ -192,7 +192,8 @@ class Session:
         started = time.perf_counter()
         self._plan = self._pipeline.make_plan(conversation.messages, conversation.ids, self._sharers)
         try:
-            self._timings = self._pipeline.prefiller.run(self._slot, self._state, self._plan)
+            prefill = self._pipeline.prefiller.run(self._slot, self._state, self._plan)
+            self._timings, self._num_reused = prefill.timings(), prefill.num_reused_rows
         except BaseException:  # an interrupt too: nobody knows what the caches hold
             self.close()
             raise
@@ -224,64 +225,44 @@ class Session:
 
     def _room(self) -> int:
         # How many tokens may follow; the last one's row is only written when something follows it.
-        rows = self._state.num_rows + bool(self._reply_ids)
-        return self._pipeline.bundle.manifest.max_length - rows + 1
+        return self._capacity - (self._state.num_rows + bool(self._reply_ids)) + 1
+
+    @property
+    def _capacity(self) -> int:
+        return self._pipeline.bundle.manifest.max_length
 
     def _check_room(self, num_tokens: int) -> None:
         if num_tokens > self._room():
             raise UsageError(
                 f"the session's {self._state.num_rows} tokens and a continuation of {num_tokens} exceed the bundle's "
-                f"capacity of {self._pipeline.bundle.manifest.max_length}; shorten one, or export with a larger "
+                f"capacity of {self._capacity}; shorten one, or export with a larger "
                 "--max-length"
             )
 
-    def _check_limit(self, max_new_tokens: int | None) -> int:
-        capacity, num_rows = self._pipeline.bundle.manifest.max_length, self._state.num_rows
-        room = self._room()
-        if room < 1:
-            raise UsageError(
-                f"the session's {num_rows} tokens fill the bundle's capacity of {capacity}; "
-                "export with a larger --max-length"
-            )
-        if max_new_tokens is None:
-            return room
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {max_new_tokens!r}, expected an integer of at least 1")
-        if max_new_tokens > room:
-            raise UsageError(
-                f"{num_rows} prompt tokens and max_new_tokens={max_new_tokens} exceed the bundle's capacity of "
-                f"{capacity}; ask for at most {room}, shorten the prompt, or export with a larger --max-length"
-            )
-        return max_new_tokens
-
-    def _generate(self, limit: int, ignore_eos: bool, detokenizer: Detokenizer, sampler: Sampler) -> Iterator[Chunk]:
-        stop_ids = frozenset() if ignore_eos else frozenset(self._pipeline.bundle.manifest.stop_ids)
-        prefill, prefill_seconds = self._timings, self._prefill_seconds
+    def _generate(self, reply: Reply, sampler: Sampler) -> Iterator[Chunk]:
+        prefill, prefill_seconds, num_reused = self._timings, self._prefill_seconds, self._num_reused
         self._timings, self._prefill_seconds = PrefillTimings(0.0, 0.0, 0.0), 0.0
+        num_prompt_tokens = len(self._plan.receiver.ids)
         reply_before = self._reply_text()
-        token_ids: list[int] = []
         seconds: list[float] = []
-        stopped = False
-        while len(token_ids) < limit and not stopped:
+        while reply.ended_by is None:
             self._check_open()
-            if self._current_stream is not sampler:
+            if self._current_stream is not reply:
                 raise UsageError("this stream ended when its session went on with another stream or turn")
             started = time.perf_counter()
             token_id = self._next_token(sampler)
-            token_ids.append(token_id)
-            if token_id in stop_ids:
-                stopped, text = True, ""
-                self._add_to_reply(token_id, whole_text=self._reply_text())
-            else:
-                text = detokenizer.push(token_id)
-                stopped = detokenizer.stopped
-                self._add_to_reply(token_id, whole_text=reply_before + detokenizer.text if stopped else None)
+            text = reply.push(token_id)
+            whole_text = None
+            if reply.ended_by is EndedBy.STOP_TOKEN:
+                whole_text = self._reply_text()
+            elif reply.ended_by is EndedBy.STOP_STRING:
+                whole_text = reply_before + reply.text
+            self._add_to_reply(token_id, whole_text)
             seconds.append(time.perf_counter() - started)
             yield Chunk(text, [token_id])
-        rest = detokenizer.finish()
-        if detokenizer.stopped and not stopped:  # held back so far, as it might have become an earlier stop string
-            stopped = True
-            self._add_to_reply(None, whole_text=reply_before + detokenizer.text)
+        ended_by, rest = reply.ended_by, reply.finish()
+        if reply.ended_by is not ended_by:
+            self._add_to_reply(None, whole_text=reply_before + reply.text)
         timings = Timings(
             sharer_prefill=prefill.sharer_prefill,
             receiver_prefill=prefill.receiver_prefill,
@@ -289,7 +270,10 @@ class Session:
             ttft=prefill_seconds + seconds[0],
             decode=sum(seconds[1:]),
         )
-        yield Chunk(rest, [], Generation(detokenizer.text, token_ids, "stop" if stopped else "length", timings))
+        generation = Generation(
+            reply.text, reply.token_ids, reply.finish_reason, timings, num_prompt_tokens, num_reused
+        )
+        yield Chunk(rest, [], generation)
 
     def _next_token(self, sampler: Sampler) -> int:
         if self._reply_ids:
@@ -313,11 +297,3 @@ class Session:
         self._state.append(token_id, self._next_position)
         self._next_position += 1
         self._last_logits = self._pipeline.receiver.logits()
-
-
-def _sampling_params(options: Mapping[str, Any]) -> SamplingParams:
-    unknown = sorted(options.keys() - SamplingParams.__dataclass_fields__.keys())
-    if unknown:
-        known = ", ".join(SamplingParams.__dataclass_fields__)
-        raise UsageError(f"unknown option {unknown[0]}; the sampling options are {known}")
-    return SamplingParams(**options)

@@ -20,8 +20,9 @@ from runtime import C2CPipeline, Message
 from runtime.cache import KVCachePool
 from runtime.decoder import Decoder
 from runtime.fuser import Fuser
-from runtime.prefill import Prefiller, SlotState
+from runtime.prefill import Prefiller
 from runtime.prompt import Plan
+from runtime.slot_state import SlotState
 
 UNALIGNED, CLOSING_PADDING, ALIGNED = "qwen3_from_qwen2", "qwen3_from_llama_aligned", "llama_from_gemma3_aligned"
 CHAT = [Message("user", "What is the capital of France?"), Message("assistant", "Paris."), Message("user", "Why?")]

@@ -20,8 +20,9 @@ from engines.ort.engine import CpuBuffer, CpuDevice, OrtCpuEngine
 from runtime import C2CPipeline, Message
 from runtime.decoder import Decoder
 from runtime.fuser import Fuser
-from runtime.prefill import Prefiller, SlotState
+from runtime.prefill import Prefiller
 from runtime.prompt import Plan
+from runtime.slot_state import SlotState
 
 UNALIGNED, ALIGNED = "qwen3_from_qwen2", "llama_from_gemma3_aligned"
 PARALLEL, SEQUENTIAL = "two_sharers_parallel", "two_sharers_sequential"
@@ -270,9 +271,9 @@ def test_a_device_for_each_model_gives_what_one_pipeline_gives(
 @every(UNALIGNED)
 def test_timings_are_those_of_the_devices(name: str, recorded: Recorded):
     plan = recorded.plan(CHAT, (), (0,))
-    timings = recorded.prefiller.run(0, SlotState(), plan)
+    timings = recorded.prefiller.run(0, SlotState(), plan).timings()
     assert min(timings.sharer_prefill, timings.receiver_prefill, timings.fuse) > 0
-    alone = recorded.prefiller.run(0, SlotState(), recorded.plan(CHAT, (), ()))
+    alone = recorded.prefiller.run(0, SlotState(), recorded.plan(CHAT, (), ())).timings()
     assert (alone.sharer_prefill, alone.fuse) == (0, 0)
     assert alone.receiver_prefill > 0
 

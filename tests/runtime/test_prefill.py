@@ -14,8 +14,9 @@ from engines.ort.engine import OrtBinding, OrtCpuEngine
 from runtime import C2CPipeline, Message
 from runtime.decoder import Decoder
 from runtime.fuser import Fuser
-from runtime.prefill import Prefiller, SlotState
+from runtime.prefill import Prefiller
 from runtime.prompt import ModelTokens, Plan
+from runtime.slot_state import SlotState
 
 UNALIGNED, CLOSING_PADDING, ALIGNED = "qwen3_from_qwen2", "qwen3_from_llama_aligned", "llama_from_gemma3_aligned"
 TWO_SHARERS = "two_sharers_sequential"

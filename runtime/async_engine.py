@@ -1,0 +1,234 @@
+"""`AsyncC2CEngine`: a bundle that serves many requests at once, from asyncio or from any thread.
+
+engine = AsyncC2CEngine.from_bundle("demo.bundle")
+async for chunk in engine.stream(Request(prompt="Which country is the city of Porto in?")):
+    print(chunk.text, end="")
+await engine.close()
+
+A thread of its own runs the scheduler; nothing else touches slots and caches.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import threading
+import time
+from collections.abc import AsyncIterator
+from typing import Self
+
+from c2c_export.bundle import Bundle
+from c2c_export.errors import C2CError, reason_of
+from engines.select import EngineChoice
+from runtime.active_request import Listener
+from runtime.generation import Chunk, Generation
+from runtime.pipeline import C2CPipeline
+from runtime.prompt import ModelTokens, Plan
+from runtime.request import ClosedError, Request
+from runtime.scheduler import Scheduler, SchedulerOptions
+from runtime.scheduler_observer import SchedulerObserver
+
+_log = logging.getLogger(__name__)
+_WAITING_FOR_OTHERS = 0.05
+"""Seconds until deadlines are looked at again while all requests wait for rows that are computed elsewhere."""
+
+
+class AsyncC2CEngine:
+    """A scheduler over a pipeline's slots, in a thread of its own. All methods may be called from any thread."""
+
+    def __init__(
+        self,
+        pipeline: C2CPipeline,
+        options: SchedulerOptions | None = None,
+        observer: SchedulerObserver | None = None,
+    ) -> None:
+        """Takes all slots of `pipeline`, which is not to be used otherwise from now on."""
+        self._pipeline = pipeline
+        self._scheduler = Scheduler(pipeline, options, observer)
+        self._wake = threading.Event()
+        self._closing = False
+        self._give_up_at: float | None = None
+        self._failure: C2CError | None = None
+        self._ended = False
+        self._thread = threading.Thread(target=self._serve, name="c2c-scheduler", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def from_bundle(
+        cls,
+        path: str | os.PathLike[str],
+        engine: str = "ort-cpu",
+        precision: str | None = None,
+        *,
+        num_slots: int = 8,
+        num_threads: int | None = None,
+        allow_unchecked: bool = False,
+        allow_failed: bool = False,
+        options: SchedulerOptions | None = None,
+        observer: SchedulerObserver | None = None,
+    ) -> Self:
+        """Open a bundle as `C2CPipeline.from_bundle` does; `num_slots` requests are served at once."""
+        pipeline = C2CPipeline.from_bundle(
+            path,
+            engine,
+            precision,
+            num_slots=num_slots,
+            num_threads=num_threads,
+            allow_unchecked=allow_unchecked,
+            allow_failed=allow_failed,
+        )
+        return cls(pipeline, options, observer)
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle that is served."""
+        return self._pipeline.bundle
+
+    @property
+    def engine_choice(self) -> EngineChoice:
+        """The engine that runs, and why."""
+        return self._pipeline.engine_choice
+
+    @property
+    def num_slots(self) -> int:
+        """Requests that are served at once."""
+        return self._scheduler.num_slots
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a slot."""
+        return self._scheduler.num_waiting
+
+    @property
+    def num_active(self) -> int:
+        """Requests that have a slot."""
+        return self._scheduler.num_active
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests are taken: it is neither closing nor broken."""
+        return not self._closing and self._failure is None
+
+    def tokenize(self, text: str) -> list[int]:
+        """The receiver's ids of plain text, without a chat template; special tokens in it count as such."""
+        return list(self._pipeline.receiver_tokenizer.encode(text).ids)
+
+    def token_text(self, token_id: int) -> str:
+        """What one token of the receiver says by itself."""
+        return self._pipeline.tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def plan(self, request: Request) -> Plan:
+        """What the request's prompt is to every model. Raises `UsageError` for one that cannot be served."""
+        return self._scheduler.plan(request)
+
+    def sharer_tokens(self, request: Request) -> dict[int, ModelTokens]:
+        """What each sharer that computes anything reads for a request, by its number: for `Request.sharer_rows`."""
+        return self._pipeline.prefiller.target(self._scheduler.plan(request)).sharers
+
+    def submit(self, request: Request, listener: Listener) -> None:
+        """Take a request; `listener` gets its chunks, or its error, in the scheduler's thread, and must be quick.
+
+        The prompt is planned in the calling thread. Raises `UsageError` for a request that cannot be served,
+        `QueueFullError` where no more may wait, `ClosedError` when the engine is closing.
+        """
+        if self._failure is not None:
+            raise self._failure
+        if self._closing:
+            raise ClosedError("the engine is closing and takes no more requests")
+        for rows in request.sharer_rows.values():
+            rows.add_done_callback(lambda _: self._wake.set())
+        self._scheduler.submit(request, listener)
+        self._wake.set()
+        if self._ended:  # between the two
+            self._scheduler.end_all(self._failure or ClosedError("the engine closed before the request was begun"))
+
+    def abort(self, request_id: str) -> bool:
+        """End a request with an `AbortedError` and free its slot before anything else is computed.
+
+        Returns whether there was such a request.
+        """
+        found = self._scheduler.abort(request_id)
+        self._wake.set()
+        return found
+
+    async def generate(self, request: Request) -> Generation:
+        """Serve a request and wait for its answer. Raises what `stream` does; being cancelled aborts the request."""
+        async with contextlib.aclosing(self.stream(request)) as chunks:
+            async for chunk in chunks:
+                if chunk.generation is not None:
+                    return chunk.generation
+        raise AssertionError("the last chunk has the generation")
+
+    async def stream(self, request: Request) -> AsyncIterator[Chunk]:
+        """Serve a request, giving its text as it is certain; the last chunk has the whole generation.
+
+        To stop reading (`aclose`, or being cancelled) aborts the request. Raises `UsageError` for a request that
+        cannot be served, `QueueFullError`, `ClosedError`, `DeadlineError`, `AbortedError`, and `C2CError` when the
+        engine fails.
+        """
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
+        abandoned = threading.Event()
+
+        def listen(event: Chunk | Exception) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(events.put_nowait, event)
+
+        def submit() -> None:
+            self.submit(request, listen)
+            if abandoned.is_set():
+                self.abort(request.request_id)
+
+        try:
+            await asyncio.to_thread(submit)
+        except BaseException:
+            abandoned.set()  # for the thread, which may be submitting still
+            raise
+        ended = False
+        try:
+            while not ended:
+                event = await events.get()
+                ended = isinstance(event, Exception) or event.generation is not None
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+        finally:
+            if not ended:
+                self.abort(request.request_id)
+
+    async def close(self, drain_seconds: float | None = None) -> None:
+        """Take no more requests, finish those that wait and run, and end the thread.
+
+        After `drain_seconds`, if given, those that are left end with a `ClosedError`. Closing again waits too.
+        """
+        await asyncio.to_thread(self.close_and_wait, drain_seconds)
+
+    def close_and_wait(self, drain_seconds: float | None = None) -> None:
+        """As `close`, for callers without an event loop."""
+        if drain_seconds is not None:
+            self._give_up_at = time.perf_counter() + drain_seconds
+        self._closing = True
+        self._wake.set()
+        self._thread.join()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def _serve(self) -> None:
+        """Run the scheduler until the engine is closed and nothing is left to do."""
+        try:
+            while not (self._closing and not self._scheduler.has_requests):
+                self._wake.clear()
+                if self._give_up_at is not None and time.perf_counter() >= self._give_up_at:
+                    self._scheduler.end_all(ClosedError("the engine closed before the request was done"))
+                elif not self._scheduler.step():
+                    self._wake.wait(_WAITING_FOR_OTHERS if self._scheduler.has_requests else None)
+        except Exception as error:
+            _log.exception("the scheduler failed")
+            self._failure = C2CError(f"the engine failed: {type(error).__name__}: {reason_of(error)}")
+        finally:
+            self._ended = True
+            self._scheduler.end_all(self._failure or ClosedError("the engine closed before the request was begun"))

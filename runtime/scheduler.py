@@ -1,0 +1,345 @@
+"""In-flight batching: many requests over one pool of slots, each answered as if it were alone.
+
+Each time round, requests that ended are taken out and waiting ones get their slots; then a piece of a prompt is
+prefilled or fused, no longer than what decoding may stall; then one decode step runs over all slots that generate, in
+one call of the receiver. A request's answer does not depend on the others: engines compute each request of a step by
+itself, and a prompt's rows do not depend on where it is cut into pieces (`runtime.prefill_work`).
+
+One thread calls `step`; any thread may `submit` and `abort`. Not covered: that thread, and asyncio
+(`runtime.async_engine`).
+"""
+
+import heapq
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from c2c_export.errors import C2CError, UsageError
+from runtime.active_request import ActiveRequest, Listener
+from runtime.conversation import Conversation
+from runtime.decode_ranges import StepSlot, decode_ranges
+from runtime.pipeline import C2CPipeline
+from runtime.prefill import Prefill
+from runtime.prefill_work import Piece, PrefillSharer
+from runtime.prefix_cache import PrefixCache
+from runtime.prompt import Plan
+from runtime.reply import Reply, generation_limit
+from runtime.request import AbortedError, DeadlineError, QueueFullError, Request
+from runtime.request_queue import RequestQueue
+from runtime.sampling import Sampler
+from runtime.scheduler_observer import SchedulerObserver
+from runtime.stall_budget import StallBudget
+
+_UNSTALLED_ROWS = 512
+"""Rows of a piece when nobody is decoding: a newcomer, or an abort, has to wait for it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchedulerOptions:
+    """Raises `UsageError`, naming the field, for a value out of range."""
+
+    max_waiting: int = 64
+    """Requests that may wait for a slot."""
+    max_stall: float = 0.2
+    """Seconds of prefilling between two decode steps, if the machine computes two rows in that time."""
+    aging_seconds: float = 10.0
+    """Seconds of waiting that count as much as one level of priority."""
+    prefix_cache_bytes: int = 512 * 2**20
+    """Memory for rows of former prompts; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.max_waiting, bool) or not isinstance(self.max_waiting, int) or self.max_waiting < 0:
+            raise UsageError(f"max_waiting: {self.max_waiting!r} is not allowed; expected an integer, 0 or more")
+        for name in ("max_stall", "aging_seconds"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise UsageError(f"{name}: {value!r} is not allowed; expected a number of seconds above 0")
+
+
+class Scheduler:
+    """Serves requests over a pipeline's slots, all of which it takes."""
+
+    def __init__(
+        self, pipeline: C2CPipeline, options: SchedulerOptions | None = None, observer: SchedulerObserver | None = None
+    ) -> None:
+        """Raises `C2CError` when sessions of the pipeline are open."""
+        self._options = options or SchedulerOptions()
+        self._observer = observer or SchedulerObserver()
+        self._pipeline = pipeline
+        self.prefix_cache = PrefixCache(pipeline.prefiller, self._options.prefix_cache_bytes)
+        self._free_slots = list(pipeline.take_all_slots())
+        self.num_slots = len(self._free_slots)
+        self._budget = StallBudget(self._options.max_stall)
+        self._prefilling: list[ActiveRequest] = []
+        self._decoding: list[ActiveRequest] = []
+        self._lock = threading.Lock()  # of the two below
+        self._queue = RequestQueue(self._options.max_waiting, self._options.aging_seconds)
+        self._live: dict[str, ActiveRequest] = {}
+        self._seconds_per_request = 1.0
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a slot."""
+        return len(self._queue)
+
+    @property
+    def num_active(self) -> int:
+        """Requests with a slot."""
+        return len(self._prefilling) + len(self._decoding)
+
+    @property
+    def num_free_slots(self) -> int:
+        """Slots without a request."""
+        return len(self._free_slots)
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether any request waits or is served."""
+        return bool(self._live)
+
+    def plan(self, request: Request) -> Plan:
+        """What a request's prompt is to every model. Raises `UsageError`."""
+        conversation = Conversation.of(request.prompt)
+        sharers = self._pipeline.select_sharers(request.fuse, request.sharers)
+        return self._pipeline.make_plan(conversation.messages, conversation.ids, sharers)
+
+    def submit(self, request: Request, listener: Listener) -> None:
+        """Plan a request in this thread and let it wait for a slot. `listener` is called by the thread of `step`.
+
+        Raises `UsageError` for a request that cannot be served, `QueueFullError` where no more may wait.
+        """
+        plan = self.plan(request)
+        num_rows, capacity = len(plan.receiver.ids), self._pipeline.bundle.manifest.max_length
+        wanted, room = request.max_new_tokens, capacity - num_rows + 1
+        if request.shorten and wanted is not None and wanted > room:
+            wanted = None
+        limit = generation_limit(wanted, num_rows, room, capacity)
+        stop_ids = () if request.ignore_eos else self._pipeline.bundle.manifest.stop_ids
+        reply = Reply(self._pipeline.tokenizer, limit=limit, stop_ids=stop_ids, stop=request.stop)
+        active = ActiveRequest(request, plan, reply, Sampler(request.sampling), listener)
+        with self._lock:
+            if request.request_id in self._live:
+                raise UsageError(f"request_id: {request.request_id!r} is in use by another request")
+            try:
+                self._queue.put(active, retry_after=max(1.0, self._seconds_per_request * len(self._queue)))
+            except QueueFullError:
+                self._observer.refused()
+                raise
+            self._live[request.request_id] = active
+            num_waiting = len(self._queue)
+        self._observer.queued(num_waiting)
+
+    def abort(self, request_id: str) -> bool:
+        """End a request with an `AbortedError` before anything else is computed; whether there was one."""
+        with self._lock:
+            active = self._live.get(request_id)
+            if active is None:
+                return False
+            active.aborted = True
+            return True
+
+    def end_all(self, error: C2CError) -> None:
+        """End every request with `error`; called by the thread of `step`, or when it steps no more."""
+        with self._lock:
+            every = list(self._live.values())
+        for active in every:
+            self._fail(active, error)
+
+    def step(self) -> bool:
+        """Go once round. Returns whether anything was done: if not, all wait for rows that are computed elsewhere."""
+        ended = self._end_unwanted()
+        admitted = self._admit()
+        prefilled = self._prefill_some()
+        decoded = self._decode()
+        if ended or admitted or prefilled or decoded:
+            self._observer.stepped(
+                len(self._decoding), len(self._prefilling), len(self._queue), self.prefix_cache.num_bytes
+            )
+            return True
+        return False
+
+    def _end_unwanted(self) -> bool:
+        with self._lock:
+            every = list(self._live.values())
+        ended = False
+        for active in every:
+            if active.aborted:
+                self._fail(active, AbortedError("the request was aborted"))
+            elif active.overdue:
+                self._fail(active, DeadlineError(f"the request was not done within {active.request.deadline:g} s"))
+            else:
+                continue
+            ended = True
+        return ended
+
+    def _admit(self) -> bool:
+        admitted = False
+        while self._free_slots:
+            with self._lock:
+                active, num_waiting = self._queue.take(), len(self._queue)
+            if active is None:
+                break
+            admitted = True
+            # The lowest free slot, so that the slots of a decode step lie together.
+            active.slot, active.started = heapq.heappop(self._free_slots), time.perf_counter()
+            self._observer.started(active.started - active.submitted, num_waiting)
+            try:
+                self._begin(active)
+            except C2CError as error:
+                self._fail(active, error)
+        return admitted
+
+    def _begin(self, active: ActiveRequest) -> None:
+        prefiller = self._pipeline.prefiller
+        target = prefiller.target(active.plan)
+        active.begun_with, reuse = self.prefix_cache.find(target)
+        if active.begun_with is not None:
+            self.prefix_cache.restore(active.slot, active.begun_with, reuse)
+        active.num_reused_tokens = reuse.num_rows
+        active.prefill = Prefill(
+            prefiller,
+            active.slot,
+            active.plan,
+            reuse,
+            keep_unfused=self.prefix_cache.worth_keeping(target),
+            sharer_rows=active.request.sharer_rows,
+        )
+        self._prefilling.append(active)
+
+    def _prefill_some(self) -> bool:
+        """Run pieces of prompts, in the order in which they got their slots, as long as decoding may stall."""
+        started, ran = time.perf_counter(), False
+        while True:
+            active = next((active for active in self._prefilling if not _prefill_of(active).waiting), None)
+            if active is None:
+                return ran
+            prefill = _prefill_of(active)
+            if prefill.done:
+                self._finish_prefill(active)
+                return True
+            max_rows = _UNSTALLED_ROWS
+            if self._decoding:
+                max_rows = self._budget.rows(_kind_of(prefill.next_piece), time.perf_counter() - started)
+                if ran and not max_rows:
+                    return True
+            try:
+                self._run_piece(active, max_rows)
+            except Exception as error:
+                self._fail(active, error if isinstance(error, C2CError) else C2CError(f"the prompt failed: {error}"))
+            ran = True
+            if active.slot >= 0 and prefill.done:
+                self._finish_prefill(active)
+                return True
+            if not self._decoding:
+                return True
+
+    def _run_piece(self, active: ActiveRequest, max_rows: int) -> None:
+        prefill, started = _prefill_of(active), time.perf_counter()
+        before = prefill.num_rows_left
+        piece = prefill.advance(max_rows)
+        if prefill.gives_logits(piece):
+            active.logits = self._pipeline.receiver.logits()
+        if rows := before - prefill.num_rows_left:
+            self._budget.measured(_kind_of(piece), rows, time.perf_counter() - started)
+
+    def _finish_prefill(self, active: ActiveRequest) -> None:
+        """Keep a prompt's rows for others, and choose its first token."""
+        prefill = _prefill_of(active)
+        self._prefilling.remove(active)
+        self._decoding.append(active)
+        active.prefill_timings = prefill.timings()
+        active.state = self._pipeline.prefiller.target(active.plan)
+        active.next_position = active.plan.num_positions
+        if prefill.keeps_unfused and active.num_reused_tokens < active.state.num_rows - 1:
+            self.prefix_cache.add(prefill.kept_rows(active.begun_with))
+        active.prefill = active.begun_with = None
+        self._observer.prefilled(active.state.num_rows, active.num_reused_tokens)
+        logits, active.logits = active.logits, None
+        assert logits is not None
+        if self._take_token(active, logits):
+            self._observer.first_token(active.first_token_at - active.submitted)
+
+    def _decode(self) -> bool:
+        """One step of every request that generates."""
+        if not self._decoding:
+            return False
+        by_slot = {active.slot: active for active in self._decoding}
+        wanted = {
+            slot: StepSlot(active.reply.token_ids[-1], active.next_position, active.state.num_rows)
+            for slot, active in by_slot.items()
+        }
+        # What lies between them is computed too: into rows that nothing has been written to yet.
+        spare = dict.fromkeys(self._free_slots, 0)
+        spare |= {active.slot: _prefill_of(active).num_rows for active in self._prefilling}
+        receiver = self._pipeline.receiver
+        for slots, step in decode_ranges(wanted, spare, receiver.capacity):
+            served = [by_slot[slot] for slot in slots if slot in by_slot]
+            try:
+                receiver.run_step(
+                    [token.token_id for token in step],
+                    [token.position_id for token in step],
+                    [token.row for token in step],
+                    slots.start,
+                )
+                logits = receiver.step_logits(len(slots))
+            except C2CError as error:
+                for active in served:
+                    self._fail(active, error)
+                continue
+            for active in served:
+                active.state.append(active.reply.token_ids[-1], active.next_position)
+                active.next_position += 1
+                before = active.last_token_at
+                if self._take_token(active, logits[active.slot - slots.start]):
+                    self._observer.next_token(active.last_token_at - before)
+        return True
+
+    def _take_token(self, active: ActiveRequest, logits: NDArray[np.float32]) -> bool:
+        """Choose a token and tell it; whether that went well."""
+        try:
+            chunk = active.take_token(logits)
+        except C2CError as error:
+            self._fail(active, error)
+            return False
+        active.listener(chunk)
+        if active.reply.ended_by is not None:
+            last = active.last_chunk()
+            self._release(active)
+            seconds = time.perf_counter() - active.started
+            self._seconds_per_request += 0.1 * (seconds / self.num_slots - self._seconds_per_request)
+            active.listener(last)
+            assert last.generation is not None
+            self._observer.finished(last.generation)
+        return True
+
+    def _fail(self, active: ActiveRequest, error: Exception) -> None:
+        if self._release(active):
+            active.listener(error)
+            self._observer.failed(error)
+
+    def _release(self, active: ActiveRequest) -> bool:
+        """Take a request out of wherever it is; its slot is free at once. Returns whether it was anywhere."""
+        with self._lock:
+            if self._live.pop(active.request.request_id, None) is None:
+                return False
+            self._queue.remove(active)
+        for stage in (self._prefilling, self._decoding):
+            if active in stage:
+                stage.remove(active)
+        if active.slot >= 0:
+            heapq.heappush(self._free_slots, active.slot)
+            active.slot = -1
+        active.prefill = active.begun_with = None
+        return True
+
+
+def _prefill_of(active: ActiveRequest) -> Prefill:
+    assert active.prefill is not None
+    return active.prefill
+
+
+def _kind_of(piece: Piece) -> tuple[type[Piece], int]:
+    return type(piece), piece.number if isinstance(piece, PrefillSharer) else 0
