@@ -502,8 +502,9 @@ def serve(
     """
     _require("fastapi", "uvicorn", "prometheus_client", extra="serve")
     from runtime.scheduler import SchedulerOptions
-    from runtime.server.serve import ServeOptions, ServerSettings
+    from runtime.server.serve import ServeOptions
     from runtime.server.serve import serve as run_server
+    from runtime.server.settings import ServerSettings
 
     options = ServeOptions(
         bundle=bundle,

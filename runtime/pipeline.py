@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from c2c_export.bundle import Bundle, EngineRecord, ModelRecord
-from c2c_export.errors import C2CError, UsageError
+from c2c_export.bundle import MANIFEST_NAME, Bundle, EngineRecord, ModelRecord
+from c2c_export.errors import BundleError, C2CError, UsageError
 from engines.base import Device, Engine
 from engines.cores import check_threads
 from engines.select import load_engine, new_device, open_engine, wanted_engines
@@ -99,8 +99,8 @@ class C2CPipeline:
         which and why. `precision` may be "auto" too; by default it is "fp32" for a named engine that has it, else
         "auto". `num_slots` is how many sessions may be open at once; their caches are allocated here and take memory
         when used (on a GPU at once). `num_threads` per engine on the CPU defaults to the physical cores. Raises
-        `BundleError` when a file of the bundle is missing or changed, `UsageError` when it has no such engine,
-        `C2CError` when it has and this machine cannot run it.
+        `BundleError` when a file of the bundle is missing or changed, or contradicts the manifest, `UsageError` when it
+        has no such engine, `C2CError` when it has and this machine cannot run it.
 
         An engine that `c2c-export check` found to fail is refused with a `FailedEngineError` ("auto" takes the next),
         one that it never checked gives an `UncheckedEngineWarning`, unless `allow_failed` or `allow_unchecked` is set.
@@ -237,7 +237,9 @@ def _load_engines(bundle: Bundle, record: EngineRecord, num_slots: int, num_thre
         return load_engine(record.target, path, device, num_threads, weights_folder)
 
     def decoder(name: str, model: ModelRecord, device: Device) -> Decoder:
-        return Decoder(load(name, device), num_slots, manifest.max_length, model.vocab_size)
+        engine = load(name, device)
+        _check_vocabulary(bundle, name, model, engine)
+        return Decoder(engine, num_slots, manifest.max_length, model.vocab_size)
 
     computed = [number for number in range(len(manifest.sharers)) if f"fuser{number}" in record.graphs]
     # Every model has a queue of its own, so that all prefill at once; a fuser changes the receiver's caches.
@@ -249,6 +251,19 @@ def _load_engines(bundle: Bundle, record: EngineRecord, num_slots: int, num_thre
     }
     fusers = {number: Fuser(load(f"fuser{number}", device), manifest.max_length) for number in computed}
     return _Engines(receiver, Prefiller(receiver, sharers, fusers))
+
+
+def _check_vocabulary(bundle: Bundle, name: str, model: ModelRecord, engine: Engine) -> None:
+    """Raise `BundleError` where the manifest gives a model more ids than its engine has logits.
+
+    An engine without logits, a sharer's, tells nothing of its vocabulary.
+    """
+    for spec in engine.outputs:
+        if spec.name == "logits" and model.vocab_size > int(spec.shape[2]):
+            raise BundleError(
+                f"{bundle.root / MANIFEST_NAME}: field {name}.vocab_size is {model.vocab_size}, expected at most "
+                f"{spec.shape[2]}, the number of its engine's logits; export the bundle again"
+            )
 
 
 def _stream_and_close(session: Session, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
