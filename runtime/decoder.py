@@ -55,6 +55,11 @@ class Decoder:
                 self._vocab_size = vocab_size or int(spec.shape[2])
 
     @property
+    def capacity(self) -> int:
+        """Rows that each slot has."""
+        return self._max_length
+
+    @property
     def device(self) -> Device:
         """The device that `run` queues its work on."""
         return self._engine.device
