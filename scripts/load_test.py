@@ -4,9 +4,9 @@
 
 In: a bundle whose receiver chats. Every answer is generated alone first, by `C2CPipeline` in this process; then
 `c2c-export serve` runs in a process of its own, and OpenAI's client sends the requests: prompts of mixed length, with
-and without sharers, greedy and sampled, every other one as a stream, every tenth of them left after some tokens. Out: a
-table of what was found; exit status 1 if an answer differed, a request failed, or slots, threads or open files were left
-over. Memory is that of the server after each round. `--rounds 5` with the defaults sends 1,000 requests.
+and without sharers, greedy and sampled, every other one as a stream, every tenth stream left after some tokens. Out: a
+table of what was found; exit status 1 if an answer differed, a request failed, or slots, threads or files were left.
+Memory is that of the server after each round. `--rounds 5` with the defaults sends 1,000 requests.
 """
 
 import argparse
