@@ -18,7 +18,7 @@ import jinja2.parser
 import jinja2.sandbox
 import jinja2.utils
 
-from c2c_export.errors import C2CError
+from c2c_export.errors import C2CError, PromptError
 
 
 def render(
@@ -31,8 +31,8 @@ def render(
     """The chat of `messages` as text.
 
     `variables` are the special tokens that the template may name; with `add_generation_prompt` the text ends where the
-    assistant's answer begins. Raises `C2CError` with the template's own message when it refuses the messages, is
-    broken, or fails.
+    assistant's answer begins. Raises `PromptError` with the template's own message when it refuses the messages or
+    fails, `C2CError` when it is broken.
     """
     compiled = compile_template(template, "the bundle's chat template")
     try:
@@ -47,7 +47,7 @@ def render(
             }
         )
     except Exception as error:  # a template is a program from elsewhere and may fail in any way
-        raise C2CError(f"the chat template does not accept these messages: {error}") from error
+        raise PromptError(f"the chat template does not accept these messages: {error}") from error
 
 
 def compile_template(template: str, origin: str) -> jinja2.Template:

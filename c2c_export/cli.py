@@ -447,6 +447,93 @@ def generate(
 
 
 @app.command()
+def serve(
+    bundle: _Bundle,
+    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 is every one of this machine.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(help="The port to listen at; 0 takes a free one.", min=0, max=65535)] = 8000,
+    engine: _EngineToRun = "ort-cpu",
+    precision: _PrecisionToRun = None,
+    threads: _Threads = None,
+    slots: Annotated[int, typer.Option(help="Requests that are served at once.")] = 8,
+    max_waiting: Annotated[
+        int, typer.Option(help="Requests that may wait for a slot; further ones are answered with 429.")
+    ] = 64,
+    max_stall: Annotated[
+        float, typer.Option(help="Seconds that answers may pause for another request's prompt.")
+    ] = 0.2,
+    prefix_cache: Annotated[
+        int, typer.Option(help="MiB of memory for what prompts have in common with former ones; 0 is none.", min=0)
+    ] = 512,
+    model_name: Annotated[
+        Optional[str],  # noqa: UP045 (Typer reads the annotation)
+        typer.Option(
+            help='The model\'s name in the API; the receiver alone is this with "-receiver" behind it.  '
+            "[default: the bundle folder's name without its ending]"
+        ),
+    ] = None,
+    api_key: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            envvar="C2C_EXPORT_API_KEYS",
+            show_envvar=False,
+            help="Ask for one of these keys; repeatable. Better given in the environment variable C2C_EXPORT_API_KEYS, "
+            "with spaces between, which other users of the machine do not see.  [default: none is asked for]",
+        ),
+    ] = None,
+    max_body: Annotated[int, typer.Option(help="Bytes that the body of a request may have.")] = 1 << 20,
+    max_tokens: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(help="Tokens that one answer may ask for.  [default: the bundle's capacity]"),
+    ] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that a request may take, waiting included; 0 is any.")] = 600,
+    drain: Annotated[
+        float, typer.Option(help="Seconds that running requests have to finish after SIGTERM or Ctrl-C.")
+    ] = 30,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what was asked and answered.")] = False,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    allow_unchecked: _AllowUnchecked = False,
+    allow_failed: _AllowFailed = False,
+) -> None:
+    """Serve a bundle over HTTP: OpenAI's API for chats and completions, metrics, and a page for the browser.
+
+    Logs are JSON lines on stdout. SIGTERM or Ctrl-C ends it when the running requests are done; a second one at once.
+    """
+    _require("fastapi", "uvicorn", "prometheus_client", extra="serve")
+    from runtime.scheduler import SchedulerOptions
+    from runtime.server.serve import ServeOptions, ServerSettings
+    from runtime.server.serve import serve as run_server
+
+    options = ServeOptions(
+        bundle=bundle,
+        host=host,
+        port=port,
+        engine=engine,
+        precision=precision,
+        num_threads=threads,
+        num_slots=slots,
+        allow_unchecked=allow_unchecked,
+        allow_failed=allow_failed,
+        scheduler=SchedulerOptions(
+            max_waiting=max_waiting, max_stall=max_stall, prefix_cache_bytes=prefix_cache * 2**20
+        ),
+        settings=ServerSettings(
+            model_name=model_name,
+            api_keys=tuple(api_key or ()),
+            max_body=max_body,
+            max_tokens=max_tokens,
+            max_choices=max(max_waiting, 1),
+            timeout=timeout or None,
+            log_prompts=log_prompts,
+        ),
+        drain=drain,
+        log_level=log_level,
+    )
+    run_server(options, lambda text: _console.print(Text(text), soft_wrap=True))
+
+
+@app.command()
 def bench(
     bundle: _Bundle,
     engine: _EngineToRun = "ort-cpu",

@@ -13,6 +13,14 @@ class UsageError(C2CError):
     exit_code = 2
 
 
+class PromptTooLongError(UsageError):
+    """A prompt, or a prompt with the answer that is asked for, beyond the bundle's capacity."""
+
+
+class PromptError(C2CError):
+    """Messages that a chat template cannot take, or that those of two models do not keep alike."""
+
+
 class BundleError(C2CError):
     """A bundle that is missing, damaged, changed, or of another schema version. The message names the file."""
 

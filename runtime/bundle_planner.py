@@ -1,6 +1,6 @@
 """Prompts of one bundle planned without its engines: by its tokenizers, alignment tables and capacity.
 
-In: a bundle, and messages or receiver token ids. Out: a `Plan` that fits the bundle's capacity, or `UsageError`. Not
+In: a bundle, and messages or receiver token ids. Out: a `Plan` that fits the bundle's capacity, or `PromptTooLongError`. Not
 covered: the plan itself, see `runtime.prompt`.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from c2c_export.bundle import Bundle
-from c2c_export.errors import UsageError
+from c2c_export.errors import PromptTooLongError
 from c2c_export.tokenizer import BundledTokenizer
 from runtime.messages import Message
 from runtime.prompt import Plan, PromptPlanner
@@ -38,7 +38,7 @@ class BundlePlanner:
         )
 
     def plan(self, messages: list[Message] | None, ids: Sequence[int], sharers: tuple[int, ...]) -> Plan:
-        """The plan for messages, or for ids when `messages` is None; `UsageError` when it exceeds the capacity."""
+        """The plan for messages, or for ids when `messages` is None; `PromptTooLongError` when it exceeds the capacity."""
         if messages is None:
             plan = self._planner.plan_ids(ids, sharers=sharers)
         else:
@@ -47,7 +47,7 @@ class BundlePlanner:
         needed += plan.closing_padding_id is not None
         capacity = self.bundle.manifest.max_length
         if needed > capacity:
-            raise UsageError(
+            raise PromptTooLongError(
                 f"the prompt takes {needed} tokens, this bundle's capacity is {capacity}; "
                 "shorten it, or export with a larger --max-length"
             )

@@ -57,6 +57,8 @@ class Request:
     """The numbers of the sharers to use; None is all of them."""
     max_new_tokens: int | None = None
     """None goes on to the capacity."""
+    shorten: bool = False
+    """Where `max_new_tokens` would exceed the capacity, generate what has room, rather than refuse the request."""
     ignore_eos: bool = False
     """Go on after stop tokens."""
     stop: str | Sequence[str] = ()

@@ -113,7 +113,10 @@ class Scheduler:
         """
         plan = self.plan(request)
         num_rows, capacity = len(plan.receiver.ids), self._pipeline.bundle.manifest.max_length
-        limit = generation_limit(request.max_new_tokens, num_rows, capacity - num_rows + 1, capacity)
+        wanted, room = request.max_new_tokens, capacity - num_rows + 1
+        if request.shorten and wanted is not None and wanted > room:
+            wanted = None
+        limit = generation_limit(wanted, num_rows, room, capacity)
         stop_ids = () if request.ignore_eos else self._pipeline.bundle.manifest.stop_ids
         reply = Reply(self._pipeline.tokenizer, limit=limit, stop_ids=stop_ids, stop=request.stop)
         active = ActiveRequest(request, plan, reply, Sampler(request.sampling), listener)

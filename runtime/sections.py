@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from c2c_export.chat_template import render
-from c2c_export.errors import C2CError
+from c2c_export.errors import PromptError
 from c2c_export.tokenizer import BundledTokenizer, TokenizedText
 from runtime.messages import Message
 
@@ -43,7 +43,7 @@ class Rendering:
 
     @classmethod
     def of(cls, tokenizer: BundledTokenizer, messages: Sequence[Message], add_generation_prompt: bool) -> "Rendering":
-        """Render `messages` for the model of this tokenizer; `C2CError` as in `encode_chat`."""
+        """Render `messages` for the model of this tokenizer; `PromptError` as in `encode_chat`."""
         text, encoded = encode_chat(tokenizer, messages, add_generation_prompt)
         num_tokens = len(encoded.ids)
         parts: list[Part] = []
@@ -75,7 +75,7 @@ def encode_chat(
 ) -> tuple[str, TokenizedText]:
     """The text that the chat template makes of `messages`, and its tokens.
 
-    Raises `C2CError` when the template refuses the messages, or renders them to nothing.
+    Raises `PromptError` when the template refuses the messages, or renders them to nothing.
     """
     text = render(
         tokenizer.chat_template,
@@ -85,21 +85,21 @@ def encode_chat(
     )
     encoded = tokenizer.encode(text)
     if not encoded.ids:
-        raise C2CError("a chat template renders these messages to nothing; expected at least one token")
+        raise PromptError("a chat template renders these messages to nothing; expected at least one token")
     return text, encoded
 
 
 def check_same_parts(messages: Sequence[Message], ours: Rendering, theirs: Rendering, sharer: int) -> None:
     """Check that the receiver's and a sharer's renderings have the same messages and template parts, in one order.
 
-    Raises `C2CError` that names the first message found on one side only, or else where one side lacks template text.
+    Raises `PromptError` that names the first message found on one side only, or else where one side lacks template text.
     """
     other = f"sharer {sharer}"
     if ours.found != theirs.found:
         # Not left to the kinds below: those agree when each side lacks another message.
         number = min(set(ours.found) ^ set(theirs.found))
         has, lacks = ("the receiver", other) if number in ours.found else (other, "the receiver")
-        raise C2CError(
+        raise PromptError(
             f"{_describe(messages, number)}: its text is in the prompt rendered for {has}, but not, unchanged, in that "
             f"for {lacks}, whose chat template drops or changes it (some drop the system turn, some trim spaces); "
             "change the message, or use chat templates that keep message texts as they are"
@@ -118,7 +118,7 @@ def check_same_parts(messages: Sequence[Message], ours: Rendering, theirs: Rende
         # The messages before it are in both, so their count gives the next one.
         place = f"before {_describe(messages, ours.found[sum(our_kinds[:differs])])}"
     has, lacks = ("the receiver", other) if ours_has_text else (other, "the receiver")
-    raise C2CError(
+    raise PromptError(
         f"{place}: the chat template of {has} has text there, that of {lacks} has none; "
         "use chat templates that agree on where messages begin and end"
     )

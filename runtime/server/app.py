@@ -1,0 +1,87 @@
+"""The HTTP application over an engine; whoever hosts it, a process of ours or Ray Serve, sees to its life.
+
+app = create_app(engine, ServerSettings())
+
+The application refuses requests once `begin_closing` was called; closing the engine is the host's.
+"""
+
+import hashlib
+from typing import Any
+
+from fastapi import Depends, FastAPI
+
+from c2c_export import __version__
+from c2c_export.errors import UsageError
+from runtime.server import bundle_info, chat, completions, health, models
+from runtime.server.api_keys import key_check
+from runtime.server.error_handlers import add_error_handlers
+from runtime.server.limits import BodyLimit
+from runtime.server.metrics import ServerMetrics
+from runtime.server.page_files import add_page
+from runtime.server.request_log import RequestLog
+from runtime.server.served_engine import ServedEngine
+from runtime.server.served_models import ServedModels
+from runtime.server.service import Service
+from runtime.server.settings import ServerSettings
+
+_DESCRIPTION = """\
+OpenAI's API for chats and completions over a Cache-to-Cache bundle: two language models, of which one reads the prompt
+for the other. Fields marked "Extra" are not OpenAI's. docs/serving.md says what is served, and what is not.
+"""
+
+
+def create_app(engine: ServedEngine, settings: ServerSettings, metrics: ServerMetrics | None = None) -> FastAPI:
+    """The application. `metrics` are those that the engine was given as its observer; else /metrics lacks its part.
+
+    Raises `UsageError` where a limit does not go with the bundle.
+    """
+    capacity = engine.bundle.manifest.max_length
+    if settings.max_tokens is not None and settings.max_tokens > capacity:
+        raise UsageError(f"max_tokens: {settings.max_tokens} is more than the bundle's capacity of {capacity}")
+    name = settings.model_name or engine.bundle.root.resolve().stem
+    service = Service(
+        engine=engine,
+        settings=settings,
+        models=ServedModels(name, f"{name}-receiver", len(engine.bundle.manifest.sharers)),
+        metrics=metrics or ServerMetrics(),
+        system_fingerprint=_fingerprint(engine),
+    )
+    # Their own pages of documentation load scripts from elsewhere.
+    app = FastAPI(
+        title="c2c-export", version=__version__, description=_DESCRIPTION, docs_url=None, redoc_url=None
+    )
+    app.state.service = service
+    keys = [Depends(key_check(settings.api_keys))] if settings.api_keys else []
+    for module in (chat, completions, models, bundle_info):
+        app.include_router(module.router, dependencies=keys)
+    app.include_router(health.router)
+    add_page(app)
+    add_error_handlers(app)
+    app.add_middleware(BodyLimit, max_body=settings.max_body)
+    app.add_middleware(RequestLog, metrics=service.metrics)  # the last one added is the outermost
+    _name_models(app, service.models)
+    return app
+
+
+def begin_closing(app: FastAPI) -> None:
+    """From now on `app` refuses what begins, with 503, and is not ready; what runs goes on."""
+    app.state.service.closing = True
+
+
+def _name_models(app: FastAPI, served: ServedModels) -> None:
+    """Let the OpenAPI document say which models there are."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = generate()
+        for schema in ("ChatRequest", "CompletionRequest"):
+            document["components"]["schemas"][schema]["properties"]["model"]["enum"] = list(served.names)
+        return document
+
+    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's manual has it
+
+
+def _fingerprint(engine: ServedEngine) -> str:
+    record = engine.engine_choice.record
+    content = f"{engine.bundle.manifest.model_dump_json()} {record.target} {record.precision}"
+    return f"fp_{hashlib.sha256(content.encode()).hexdigest()[:12]}"

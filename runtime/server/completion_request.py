@@ -1,0 +1,62 @@
+"""The body of POST /v1/completions."""
+
+from typing import Annotated, Any
+
+from pydantic import Discriminator, Field, Tag
+
+from runtime.server.generation_fields import Alternatives, GenerationFields, Text
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's."""
+
+
+def _kind_of(prompt: Any) -> str:
+    if not isinstance(prompt, list):
+        return "<text>"
+    first = prompt[0] if prompt else ""
+    if isinstance(first, list):
+        return "<rows>"
+    return "<row>" if isinstance(first, int) else "<texts>"
+
+
+class CompletionRequest(GenerationFields):
+    """Text, or token ids, that the model goes on with; no chat template is applied."""
+
+    unserved = {
+        "best_of": (1,),
+        "echo": (False,),
+        "frequency_penalty": (0, 0.0),
+        "logit_bias": ({},),
+        "presence_penalty": (0, 0.0),
+        "suffix": (),
+    }
+
+    prompt: Annotated[
+        Annotated[Text, Tag("<text>")]
+        | Annotated[list[Text], Field(min_length=1), Tag("<texts>")]
+        | Annotated[list[TokenId], Field(min_length=1), Tag("<row>")]
+        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1), Tag("<rows>")],
+        Discriminator(_kind_of),
+    ] = Field(description="A text, a row of the receiver's token ids, or a list of either.")
+    max_tokens: int | None = Field(DEFAULT_MAX_TOKENS, ge=1, description="Tokens to generate at most.")
+    logprobs: Alternatives | None = Field(
+        None, description="Return the tokens with their log-probabilities, and so many alternatives for each."
+    )
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one or several."""
+        if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
+            return [self.prompt]  # type: ignore[list-item]  # a row, told by its first id
+        return list(self.prompt)  # type: ignore[arg-type]
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens to generate at most."""
+        return DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
+
+    @property
+    def num_alternatives(self) -> int | None:
+        """As `Request.logprobs`."""
+        return self.logprobs

@@ -1,0 +1,127 @@
+"""One line of log for each HTTP request, its id, and the answer to what no handler expected.
+
+In: what the handlers note of a request in its `RequestRecord`. Out: a line with model, tokens, times and status; what
+was asked and answered only where the settings say so. A middleware, the outermost one.
+"""
+
+import logging
+import re
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from runtime.generation import Generation
+from runtime.request import new_request_id
+from runtime.server.errors import CLIENT_GONE, ApiError, ClientGoneError, as_api_error
+from runtime.server.metrics import ServerMetrics
+
+log = logging.getLogger("c2c_export.server")
+_RECORD = "c2c_export.record"
+_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_QUIET = ("/health", "/ready", "/metrics")
+"""Asked for every few seconds."""
+
+
+@dataclass
+class RequestRecord:
+    """What is known of a request when it is done. Times in seconds; None is left out of the log."""
+
+    request_id: str
+    model: str | None = None
+    client: str | None = None
+    """Which API key; not the key."""
+    stream: bool | None = None
+    choices: int | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    reused_tokens: int | None = None
+    finish_reasons: list[str] | None = None
+    timings: dict[str, float] | None = None
+    """Of the first answer."""
+    error: str | None = None
+    """The error's code, or its type."""
+    param: str | None = None
+    prompts: list[Any] | None = None
+    answers: list[str] | None = None
+
+    def done(self, generations: Sequence[Generation], num_answers: int, with_text: bool) -> None:
+        """Note the answers to prompts with `num_answers` each; `with_text` also what they say."""
+        self.choices = len(generations)
+        self.prompt_tokens = sum(generation.num_prompt_tokens for generation in generations[::num_answers])
+        self.reused_tokens = sum(generation.num_reused_tokens for generation in generations[::num_answers])
+        self.completion_tokens = sum(len(generation.token_ids) for generation in generations)
+        self.finish_reasons = [generation.finish_reason for generation in generations]
+        self.timings = {name: round(spent, 6) for name, spent in asdict(generations[0].timings).items()}
+        if with_text:
+            self.answers = [generation.text for generation in generations]
+
+    def failed(self, error: ApiError) -> None:
+        """Note an error; its message may quote the prompt, and is left out."""
+        self.error = error.code or error.body.type
+        self.param = error.body.param
+
+
+def record_of(scope: Scope) -> RequestRecord:
+    """The record of the request that has this scope."""
+    record: RequestRecord = scope[_RECORD]
+    return record
+
+
+class RequestLog:
+    """See the module's docstring."""
+
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and log it when it is answered."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        given = Headers(scope=scope).get("x-request-id", "")
+        record = RequestRecord(given if _ID.fullmatch(given) else new_request_id())
+        scope[_RECORD] = record
+        started, status, complete = time.perf_counter(), 0, False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status, complete
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
+            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        except ClientGoneError:
+            status = CLIENT_GONE
+        except Exception as error:
+            log_failure(record, error)
+            record.error = "internal_error"
+            # An answer that has begun is left incomplete, and the server closes the connection.
+            if not status:
+                await as_api_error(error).response()(scope, receive, send_with_id)
+        finally:
+            spent = time.perf_counter() - started
+            route = getattr(scope.get("route"), "path", "unknown")
+            self._metrics.answered(route, status if complete or status == CLIENT_GONE else CLIENT_GONE, spent)
+            self._log(scope, record, status, spent)
+
+    def _log(self, scope: Scope, record: RequestRecord, status: int, spent: float) -> None:
+        level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
+        known = {name: value for name, value in vars(record).items() if value is not None}
+        where = {"method": scope["method"], "path": scope["path"]}
+        fields = {**known, **where, "status": status, "seconds": round(spent, 6)}
+        log.log(level, "request", extra={"fields": fields})
+
+
+def log_failure(record: RequestRecord, error: Exception) -> None:
+    """Where it happened; not its message, which may quote the prompt."""
+    frames = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    fields = {"request_id": record.request_id, "exception": type(error).__name__, "frames": frames}
+    log.error("unexpected failure", extra={"fields": fields})

@@ -1,0 +1,53 @@
+"""What an application is told beside its engine: names, keys and limits.
+
+In: the values that `c2c-export serve` takes, or that another host of the application gives. Not covered: what concerns
+the process, such as its port (`runtime.server.serve`).
+"""
+
+import math
+from dataclasses import dataclass
+
+from c2c_export.errors import UsageError
+
+DEFAULT_MAX_BODY = 1 << 20
+DEFAULT_TIMEOUT = 600.0
+DEFAULT_MAX_CHOICES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerSettings:
+    """Raises `UsageError`, naming the field, for a value out of range."""
+
+    model_name: str | None = None
+    """The model with C2C; the receiver alone is this with "-receiver" behind it. None is the bundle folder's stem."""
+    api_keys: tuple[str, ...] = ()
+    """Any of these is asked for; none asks for none."""
+    max_body: int = DEFAULT_MAX_BODY
+    """Bytes of a request's body."""
+    max_tokens: int | None = None
+    """Tokens that one answer may ask for; None is the bundle's capacity."""
+    max_choices: int = DEFAULT_MAX_CHOICES
+    """Answers of one request: prompts times `n`."""
+    timeout: float | None = DEFAULT_TIMEOUT
+    """Seconds that a request may take, waiting included; None is without end."""
+    log_prompts: bool = False
+    """Log what was asked and answered."""
+
+    def __post_init__(self) -> None:
+        if self.model_name is not None and not (self.model_name.isprintable() and self.model_name.strip()):
+            raise UsageError(f"model_name: {self.model_name!r} is not allowed; expected printable text")
+        for key in self.api_keys:
+            # What a header can carry unchanged.
+            if not key or not key.isascii() or not key.isprintable() or " " in key:
+                raise UsageError("api_keys: a key is empty, or has characters other than printable ASCII or a space")
+        _check_count("max_body", self.max_body)
+        _check_count("max_choices", self.max_choices)
+        if self.max_tokens is not None:
+            _check_count("max_tokens", self.max_tokens)
+        if self.timeout is not None and not (math.isfinite(self.timeout) and self.timeout > 0):
+            raise UsageError(f"timeout: {self.timeout!r} is not allowed; expected a number of seconds above 0")
+
+
+def _check_count(name: str, value: int) -> None:
+    if value < 1:
+        raise UsageError(f"{name}: {value} is not allowed; expected an integer of at least 1")
