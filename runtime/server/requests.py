@@ -41,7 +41,8 @@ def engine_requests(
     given = max_new_tokens is not None and tokens_field in body.model_fields_set
     if given and limit is not None and max_new_tokens > limit:
         raise invalid_request(
-            f"{tokens_field}: {max_new_tokens} is not allowed; this server generates at most {limit} tokens", tokens_field
+            f"{tokens_field}: {max_new_tokens} is not allowed; this server generates at most {limit} tokens",
+            tokens_field,
         )
     return [
         Request(
