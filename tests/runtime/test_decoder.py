@@ -110,7 +110,7 @@ def test_a_slot_goes_on_by_itself_after_shared_steps(engine: OrtCpuEngine):
 @pytest.mark.parametrize("served", [0, NUM_SLOTS + 1])
 def test_a_step_for_other_slots_than_the_pools_is_refused(engine: OrtCpuEngine, served: int):
     decoder, _ = prefilled(engine)
-    with pytest.raises(ValueError, match=f"{served} slots of a pool of {NUM_SLOTS}"):
+    with pytest.raises(ValueError, match=f"slots 0 to {served - 1} of a pool of {NUM_SLOTS}"):
         decoder.run_step([0] * served, [0] * served, [0] * served)
 
 

@@ -206,7 +206,10 @@ def test_the_same_prompt_again_computes_as_little_as_its_logits_need(name: str, 
     plan = counted.plan(CHAT, (), tuple(counted.sharers))
     counted.run(plan)
     counts = counted.run(plan)
-    assert counts["receiver"] == [1 + num_closing(plan)]
+    last_stop = [section.stop for section in plan.sections if section.fused][-1]
+    tail = int(np.count_nonzero(plan.receiver.position_ids >= last_stop)) + num_closing(plan)
+    # A single token of a longer run would round otherwise than it did in that run.
+    assert counts["receiver"] == [min(2, tail)]
     assert not any(counts[graph] for graph in counts if graph != "receiver")
     counted.assert_holds(plan)
 
