@@ -53,7 +53,9 @@ def build(arguments: RayArguments) -> serve.Application:
     options = deployment_options(arguments)
 
     def deployment(cls: type, name: str) -> serve.Deployment:
-        return serve.deployment(cls, name=name, **options[name])
+        # One that scales in the code would go on scaling where a configuration gives a number of replicas instead.
+        fixed = {option: value for option, value in options[name].items() if option != "autoscaling_config"}
+        return serve.deployment(cls, name=name, **fixed)
 
     sharers = [
         deployment(SharerReplica, sharer_deployment(number)).bind(arguments, number)

@@ -21,7 +21,7 @@ from runtime.server.serve import ServeOptions
 INGRESS = "Ingress"
 PIPELINE = "Pipeline"
 IMPORT_PATH = "runtime.server.ray_app:build"
-_ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+_ROUTER = "runtime.server.conversation_router.ConversationRouter"
 _MAX_REPLICAS = 4
 _MAX_QUEUED = 256
 """Requests that an ingress holds for one deployment while all its replicas are full; beyond it clients get 429."""
