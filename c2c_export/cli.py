@@ -518,8 +518,9 @@ def serve(
     if ray_config is not None:
         _require("yaml", extra="ray")
     from runtime.scheduler import SchedulerOptions
-    from runtime.server.serve import ServeOptions, ServerSettings
+    from runtime.server.serve import ServeOptions
     from runtime.server.serve import serve as run_server
+    from runtime.server.settings import ServerSettings
 
     options = ServeOptions(
         bundle=bundle,

@@ -14,7 +14,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Self
 
 from c2c_export.bundle import Bundle
@@ -161,7 +161,7 @@ class AsyncC2CEngine:
                     return chunk.generation
         raise AssertionError("the last chunk has the generation")
 
-    async def stream(self, request: Request) -> AsyncIterator[Chunk]:
+    async def stream(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """Serve a request, giving its text as it is certain; the last chunk has the whole generation.
 
         To stop reading (`aclose`, or being cancelled) aborts the request. Raises `UsageError` for a request that

@@ -1,6 +1,6 @@
 """Prompts of one bundle planned without its engines: by its tokenizers, alignment tables and capacity.
 
-In: a bundle, and messages or receiver token ids. Out: a `Plan` that fits the bundle's capacity, or `PromptTooLongError`. Not
+In: a bundle, and messages or receiver token ids. Out: a `Plan` that fits the bundle's capacity, or an error. Not
 covered: the plan itself, see `runtime.prompt`.
 """
 
@@ -38,7 +38,7 @@ class BundlePlanner:
         )
 
     def plan(self, messages: list[Message] | None, ids: Sequence[int], sharers: tuple[int, ...]) -> Plan:
-        """The plan for messages, or for ids when `messages` is None; `PromptTooLongError` when it exceeds the capacity."""
+        """The plan for messages, or for ids when `messages` is None; `PromptTooLongError` beyond the capacity."""
         if messages is None:
             plan = self._planner.plan_ids(ids, sharers=sharers)
         else:

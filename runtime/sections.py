@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from c2c_export.chat_template import render
 from c2c_export.errors import PromptError
 from c2c_export.tokenizer import BundledTokenizer, TokenizedText
@@ -46,10 +48,11 @@ class Rendering:
         """Render `messages` for the model of this tokenizer; `PromptError` as in `encode_chat`."""
         text, encoded = encode_chat(tokenizer, messages, add_generation_prompt)
         num_tokens = len(encoded.ids)
+        find = _TokenFinder(encoded.offsets)
         parts: list[Part] = []
         done = 0
         for message, first_char, end_char in _content_spans(text, messages):
-            start, stop = _token_range(encoded.offsets, first_char, end_char)
+            start, stop = find.tokens_of(first_char, end_char)
             if done < start:
                 parts.append(Part(done, start))
             # A message found before the previous one repeats tokens, here as in the reference.
@@ -92,7 +95,7 @@ def encode_chat(
 def check_same_parts(messages: Sequence[Message], ours: Rendering, theirs: Rendering, sharer: int) -> None:
     """Check that the receiver's and a sharer's renderings have the same messages and template parts, in one order.
 
-    Raises `PromptError` that names the first message found on one side only, or else where one side lacks template text.
+    Raises `PromptError` that names the first message found on one side only, or where one side lacks template text.
     """
     other = f"sharer {sharer}"
     if ours.found != theirs.found:
@@ -129,8 +132,9 @@ def warn_of_unfused(messages: Sequence[Message], rendering: Rendering) -> None:
 
     To be called when all models' renderings have passed `check_same_parts`, so that one of them stands for all.
     """
+    found = set(rendering.found)
     for number, message in enumerate(messages):
-        if message.content and number not in rendering.found:
+        if message.content and number not in found:
             warnings.warn(
                 f"{_describe(messages, number)}: no chat template keeps its text unchanged, so it is not fused, as in "
                 "the reference; remove spaces around it, or use chat templates that keep message texts as they are",
@@ -164,13 +168,12 @@ def _content_spans(text: str, messages: Sequence[Message]) -> Iterator[tuple[int
 
 def _closed_occurrence(text: str, content: str, search_from: int) -> int:
     # The first occurrence that a special token (anything with "<") or the end of the text follows, else -1.
-    start = text.find(content, search_from)
-    while start >= 0:
-        stop = start + len(content)
-        if stop == len(text) or text[stop] == "<":
-            return start
-        start = text.find(content, start + 1)
-    return -1
+    # Searched with the "<", not hit by hit: a text that says one thing over and over has as many hits as messages.
+    start = text.find(f"{content}<", search_from)
+    last = len(text) - len(content)
+    if start < 0 and last >= search_from and text.endswith(content):
+        return last
+    return start
 
 
 def _is_inside_begin_token(text: str, start: int) -> bool:
@@ -180,9 +183,15 @@ def _is_inside_begin_token(text: str, start: int) -> bool:
     return "<" in before and ">" not in before and "begin_of_text" in around
 
 
-def _token_range(offsets: Sequence[tuple[int, int]], first_char: int, end_char: int) -> tuple[int, int]:
-    # From the first token that ends after the text's start to the last one that starts before its end.
-    num_tokens = len(offsets)
-    start = next((i for i in range(num_tokens) if offsets[i][1] > first_char), num_tokens)
-    stop = next((i for i in range(start, num_tokens) if offsets[i][0] >= end_char), num_tokens)
-    return start, stop
+class _TokenFinder:
+    """Finds the tokens of a range of characters, in a time that does not grow with the text."""
+
+    def __init__(self, offsets: Sequence[tuple[int, int]]) -> None:
+        pairs = np.array(offsets, dtype=np.int64).reshape(-1, 2)
+        # Offsets need not rise, and the first token beyond a character is where the largest one so far is.
+        self._starts, self._ends = np.maximum.accumulate(pairs[:, 0]), np.maximum.accumulate(pairs[:, 1])
+
+    def tokens_of(self, first_char: int, end_char: int) -> tuple[int, int]:
+        """From the first token that ends after the text's start to the last one that starts before its end."""
+        start = int(np.searchsorted(self._ends, first_char, side="right"))
+        return start, max(start, int(np.searchsorted(self._starts, end_char, side="left")))

@@ -29,7 +29,7 @@ async def answers_in_pieces(
 
     async def collect(index: int, request: Request) -> None:
         try:
-            async with aclosing(engine.stream(request)) as chunks:  # type: ignore[type-var]  # it is a generator
+            async with aclosing(engine.stream(request)) as chunks:
                 async for chunk in chunks:
                     pieces.put_nowait((index, chunk))
         except Exception as error:

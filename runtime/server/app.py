@@ -6,7 +6,6 @@ The application refuses requests once `begin_closing` was called; closing the en
 """
 
 import hashlib
-from typing import Any
 
 from fastapi import Depends, FastAPI
 
@@ -17,6 +16,7 @@ from runtime.server.api_keys import key_check
 from runtime.server.error_handlers import add_error_handlers
 from runtime.server.limits import BodyLimit
 from runtime.server.metrics import ServerMetrics
+from runtime.server.openapi import complete_document
 from runtime.server.page_files import add_page
 from runtime.server.request_log import RequestLog
 from runtime.server.served_engine import ServedEngine
@@ -47,9 +47,7 @@ def create_app(engine: ServedEngine, settings: ServerSettings, metrics: ServerMe
         system_fingerprint=_fingerprint(engine),
     )
     # Their own pages of documentation load scripts from elsewhere.
-    app = FastAPI(
-        title="c2c-export", version=__version__, description=_DESCRIPTION, docs_url=None, redoc_url=None
-    )
+    app = FastAPI(title="c2c-export", version=__version__, description=_DESCRIPTION, docs_url=None, redoc_url=None)
     app.state.service = service
     keys = [Depends(key_check(settings.api_keys))] if settings.api_keys else []
     for module in (chat, completions, models, bundle_info):
@@ -59,26 +57,13 @@ def create_app(engine: ServedEngine, settings: ServerSettings, metrics: ServerMe
     add_error_handlers(app)
     app.add_middleware(BodyLimit, max_body=settings.max_body)
     app.add_middleware(RequestLog, metrics=service.metrics)  # the last one added is the outermost
-    _name_models(app, service.models)
+    complete_document(app, service.models)
     return app
 
 
 def begin_closing(app: FastAPI) -> None:
     """From now on `app` refuses what begins, with 503, and is not ready; what runs goes on."""
     app.state.service.closing = True
-
-
-def _name_models(app: FastAPI, served: ServedModels) -> None:
-    """Let the OpenAPI document say which models there are."""
-    generate = app.openapi
-
-    def openapi() -> dict[str, Any]:
-        document = generate()
-        for schema in ("ChatRequest", "CompletionRequest"):
-            document["components"]["schemas"][schema]["properties"]["model"]["enum"] = list(served.names)
-        return document
-
-    app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's manual has it
 
 
 def _fingerprint(engine: ServedEngine) -> str:

@@ -7,9 +7,10 @@ from fastapi.responses import Response
 
 from runtime.server.chat_request import ChatRequest
 from runtime.server.chat_response import ChatChunk, ChatCompletion, ChatForm
+from runtime.server.openapi import generation_responses
 from runtime.server.request_log import record_of
-from runtime.server.requests import engine_requests
-from runtime.server.respond import Call, generation_responses
+from runtime.server.requests import check_length, engine_requests
+from runtime.server.respond import Call
 from runtime.server.service import Service, service_of
 
 router = APIRouter(tags=["generation"])
@@ -24,6 +25,7 @@ async def create_chat_completion(
     messages = [message.as_prompt for message in body.messages]
     if service.settings.log_prompts:
         record.prompts = [messages]
+    check_length(service, (message["content"] for message in messages), "messages", len(messages))
     requests = engine_requests(service, body, [messages], body.tokens_field, record.client or body.user or "")
     form = ChatForm(service.response_head("chatcmpl", body.model), service.engine.token_text)
     return await Call(http, service, body, requests, form, "messages", body.tokens_field).respond()

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from runtime.server.generation_fields import Alternatives, GenerationFields, StrictModel, Text, disagreement, is_list
+from runtime.server.unserved_fields import IN_A_CHAT, IN_A_MESSAGE
 
 
 class TextPart(StrictModel):
@@ -17,19 +18,12 @@ class TextPart(StrictModel):
 class ChatMessage(StrictModel):
     """A turn of a chat."""
 
-    unserved = {
-        "name": (),
-        "refusal": (),
-        "audio": (),
-        "annotations": ([],),
-        "function_call": (),
-        "tool_calls": ([],),
-        "tool_call_id": (),
-    }
+    unserved = IN_A_MESSAGE
 
     role: Literal["system", "developer", "user", "assistant"] = Field(description="developer is read as system.")
     content: Annotated[
-        Annotated[Text, Tag("<text>")] | Annotated[list[TextPart], Tag("<list>")], Discriminator(is_list)
+        Annotated[Text, Tag("<text>")] | Annotated[list[TextPart], Field(fail_fast=True), Tag("<list>")],
+        Discriminator(is_list),
     ] = Field(description="Text, or parts of text, which are joined.")
 
     @property
@@ -42,32 +36,9 @@ class ChatMessage(StrictModel):
 class ChatRequest(GenerationFields):
     """A chat that the model goes on with."""
 
-    unserved = {
-        "audio": (),
-        "frequency_penalty": (0, 0.0),
-        "function_call": ("none", "auto"),
-        "functions": ([],),
-        "logit_bias": ({},),
-        "metadata": ({},),
-        "modalities": (["text"],),
-        "moderation": (),
-        "parallel_tool_calls": (True, False),
-        "prediction": (),
-        "presence_penalty": (0, 0.0),
-        "prompt_cache_key": (),
-        "prompt_cache_retention": (),
-        "reasoning_effort": (),
-        "response_format": ({"type": "text"},),
-        "safety_identifier": (),
-        "service_tier": ("auto", "default"),
-        "store": (False,),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
-        "verbosity": (),
-        "web_search_options": (),
-    }
+    unserved = IN_A_CHAT
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, fail_fast=True)
     max_completion_tokens: int | None = Field(None, ge=1, description="Tokens to generate at most; up to the capacity.")
     max_tokens: int | None = Field(None, ge=1, description="The older name of max_completion_tokens.")
     logprobs: bool | None = Field(False, description="Return the tokens with their log-probabilities.")

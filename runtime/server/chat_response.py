@@ -92,12 +92,12 @@ class ChatForm:
                 index=index,
                 message=AnswerMessage(content=generation.text),
                 logprobs=ChatLogprobs.of(generation.logprobs, self.texts),
-                finish_reason=generation.finish_reason,  # type: ignore[arg-type]  # the model checks it
+                finish_reason=generation.finish_reason,
             )
             for index, generation in enumerate(generations)
         ]
         return ChatCompletion(
-            **self.head.fields,  # type: ignore[arg-type]
+            **self.head.fields,
             choices=choices,
             usage=Usage.of(generations, len(generations)),
             c2c=C2CDetails.of(generations[0]),
@@ -115,13 +115,13 @@ class ChatForm:
             chunks.append(self._chunk(ChatChunkChoice(index=index, delta=Delta(content=chunk.text), logprobs=logprobs)))
         if chunk.generation is not None:
             reason = chunk.generation.finish_reason
-            choice = ChatChunkChoice(index=index, delta=Delta(), finish_reason=reason)  # type: ignore[arg-type]
+            choice = ChatChunkChoice(index=index, delta=Delta(), finish_reason=reason)
             chunks.append(self._chunk(choice, C2CDetails.of(chunk.generation)))
         return chunks
 
     def usage(self, usage: Usage) -> ChatChunk:
         """The usage, behind all answers."""
-        return ChatChunk(**self.head.fields, choices=[], usage=usage)  # type: ignore[arg-type]
+        return ChatChunk(**self.head.fields, choices=[], usage=usage)
 
     def _chunk(self, choice: ChatChunkChoice, c2c: C2CDetails | None = None) -> ChatChunk:
-        return ChatChunk(**self.head.fields, choices=[choice], c2c=c2c)  # type: ignore[arg-type]
+        return ChatChunk(**self.head.fields, choices=[choice], c2c=c2c)

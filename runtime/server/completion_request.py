@@ -5,8 +5,10 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Field, Tag
 
 from runtime.server.generation_fields import Alternatives, GenerationFields, Text
+from runtime.server.unserved_fields import IN_A_COMPLETION
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+_Rows = list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]]
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
 
@@ -23,20 +25,13 @@ def _kind_of(prompt: Any) -> str:
 class CompletionRequest(GenerationFields):
     """Text, or token ids, that the model goes on with; no chat template is applied."""
 
-    unserved = {
-        "best_of": (1,),
-        "echo": (False,),
-        "frequency_penalty": (0, 0.0),
-        "logit_bias": ({},),
-        "presence_penalty": (0, 0.0),
-        "suffix": (),
-    }
+    unserved = IN_A_COMPLETION
 
     prompt: Annotated[
         Annotated[Text, Tag("<text>")]
-        | Annotated[list[Text], Field(min_length=1), Tag("<texts>")]
-        | Annotated[list[TokenId], Field(min_length=1), Tag("<row>")]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1), Tag("<rows>")],
+        | Annotated[list[Text], Field(min_length=1, fail_fast=True), Tag("<texts>")]
+        | Annotated[list[TokenId], Field(min_length=1, fail_fast=True), Tag("<row>")]
+        | Annotated[_Rows, Field(min_length=1, fail_fast=True), Tag("<rows>")],
         Discriminator(_kind_of),
     ] = Field(description="A text, a row of the receiver's token ids, or a list of either.")
     max_tokens: int | None = Field(DEFAULT_MAX_TOKENS, ge=1, description="Tokens to generate at most.")
@@ -48,8 +43,8 @@ class CompletionRequest(GenerationFields):
     def prompts(self) -> list[str | list[int]]:
         """The prompts, one or several."""
         if isinstance(self.prompt, str) or isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]  # a row, told by its first id
-        return list(self.prompt)  # type: ignore[arg-type]
+            return [self.prompt]
+        return list(self.prompt)
 
     @property
     def max_new_tokens(self) -> int:

@@ -55,12 +55,12 @@ class CompletionForm:
                 index=index,
                 text=generation.text,
                 logprobs=CompletionLogprobs.of(generation.logprobs, self.texts),
-                finish_reason=generation.finish_reason,  # type: ignore[arg-type]  # the model checks it
+                finish_reason=generation.finish_reason,
             )
             for index, generation in enumerate(generations)
         ]
         return Completion(
-            **self.head.fields,  # type: ignore[arg-type]
+            **self.head.fields,
             choices=choices,
             usage=Usage.of(generations, self.num_answers),
             c2c=C2CDetails.of(generations[0]),
@@ -82,11 +82,11 @@ class CompletionForm:
             index=index,
             text=chunk.text,
             logprobs=logprobs,
-            finish_reason=None if generation is None else generation.finish_reason,  # type: ignore[arg-type]
+            finish_reason=None if generation is None else generation.finish_reason,
         )
         details = None if generation is None else C2CDetails.of(generation)
-        return [Completion(**self.head.fields, choices=[choice], c2c=details)]  # type: ignore[arg-type]
+        return [Completion(**self.head.fields, choices=[choice], c2c=details)]
 
     def usage(self, usage: Usage) -> Completion:
         """The usage, behind all answers."""
-        return Completion(**self.head.fields, choices=[], usage=usage)  # type: ignore[arg-type]
+        return Completion(**self.head.fields, choices=[], usage=usage)

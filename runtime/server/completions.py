@@ -9,9 +9,10 @@ from fastapi.responses import Response
 from runtime.server.completion_request import CompletionRequest
 from runtime.server.completion_response import Completion, CompletionForm
 from runtime.server.errors import invalid_request
+from runtime.server.openapi import generation_responses
 from runtime.server.request_log import record_of
-from runtime.server.requests import engine_requests
-from runtime.server.respond import Call, generation_responses
+from runtime.server.requests import check_length, check_num_answers, engine_requests
+from runtime.server.respond import Call
 from runtime.server.service import Service, service_of
 
 router = APIRouter(tags=["generation"])
@@ -25,6 +26,7 @@ async def create_completion(
     record = record_of(http.scope)
     if service.settings.log_prompts:
         record.prompts = list(body.prompts)
+    check_num_answers(service, body, len(body.prompts))  # before the time that tokenizing takes
     prompts = [await _ids(service, prompt) for prompt in body.prompts]
     requests = engine_requests(service, body, prompts, "max_tokens", record.client or body.user or "")
     head = service.response_head("cmpl", body.model)
@@ -35,6 +37,7 @@ async def create_completion(
 async def _ids(service: Service, prompt: str | list[int]) -> list[int]:
     if isinstance(prompt, list):
         return prompt
+    check_length(service, [prompt], "prompt")
     # Long texts take long; others are to be served meanwhile.
     ids = await asyncio.to_thread(service.engine.tokenize, prompt)
     if not ids:

@@ -1,4 +1,4 @@
-"""A client's connection while it waits: work that ends when the client leaves, and events that are sent as they come."""
+"""A client's connection while it waits: work that ends when the client leaves, and events that are sent at once."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
@@ -9,6 +9,7 @@ from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from runtime.server.errors import ClientGoneError
+from runtime.server.request_log import record_of
 
 _T = TypeVar("_T")
 _SEND_TIMEOUT = 60.0
@@ -56,16 +57,17 @@ class EventStream(Response):
         self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them. Raises `ClientGoneError` when the client leaves before the end."""
+        """Send them; a client that leaves before the end is noted in the request's record."""
         sending = asyncio.create_task(self._send(send))
         leaving = asyncio.create_task(_left(receive))
         try:
             await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if not sending.done():
-                raise ClientGoneError
-            sending.result()
-        except (TimeoutError, OSError) as error:
-            raise ClientGoneError from error
+            if sending.done():
+                sending.result()
+            else:
+                record_of(scope).gone = True
+        except (TimeoutError, OSError):
+            record_of(scope).gone = True
         finally:
             for task in (sending, leaving):
                 task.cancel()

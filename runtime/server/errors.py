@@ -21,11 +21,11 @@ CLIENT_GONE = 499
 RETRY_WHEN_CLOSING = 5
 """Seconds after which a client may look for another server."""
 _MAX_FOUND = 60
-_TYPES = {HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error", HTTPStatus.REQUEST_TIMEOUT: "timeout_error"}
+_TYPES: dict[int, str] = {HTTPStatus.TOO_MANY_REQUESTS: "rate_limit_error", HTTPStatus.REQUEST_TIMEOUT: "timeout_error"}
 _FIELD = re.compile(r"([a-z][a-z_0-9]*): ")
 _CODES = {
     "unserved": "unsupported_parameter",
-    "extra_forbidden": "unknown_parameter",
+    "unknown": "unknown_parameter",
     "missing": "missing_required_parameter",
 }
 
@@ -63,9 +63,9 @@ class ApiError(Exception):
         self.status = status
         self.code = code
         self.headers = dict(headers or {})
-        # A lone surrogate that the client sent would not encode.
-        text = message.encode("utf-8", "backslashreplace").decode()
-        self.body = ErrorBody(message=text, type=_type_of(status), param=param, code=code)
+        self.body = ErrorBody(
+            message=_encodable(message), type=_type_of(status), param=param and _encodable(param), code=code
+        )
 
     def json(self) -> str:
         """The response's body."""
@@ -130,7 +130,7 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if kind == "json_invalid":
         what = first.get("ctx", {}).get("error", "")
         return invalid_request(f"the body is not valid JSON: {what} at character {first['loc'][-1]}")
-    if kind in ("unserved", "disagreement"):
+    if kind in ("unserved", "unknown", "disagreement"):
         name = first["ctx"]["param"]
         param = f"{where}.{name}" if where else name
         return invalid_request(f"{param}: {first['msg']}", param, _CODES.get(kind))
@@ -141,8 +141,6 @@ def validation_error(errors: Sequence[Mapping[str, Any]]) -> ApiError:
             hint = "; send it with Content-Type: application/json" if isinstance(found, bytes) else ""
             return invalid_request(f"the body is no JSON object; expected one{hint}")
         return invalid_request(first["msg"])
-    if kind == "extra_forbidden":
-        return invalid_request(f"{where}: there is no such field", where, _CODES[kind])
     if kind == "missing":
         return invalid_request(f"{where} is missing", where, _CODES[kind])
     shown = f"{_shown(found)} is not allowed; " if isinstance(found, str | int | float | bool | None) else ""
@@ -168,6 +166,11 @@ def _name_of(location: Sequence[str | int]) -> str:
     return name
 
 
+def _encodable(text: str) -> str:
+    """`text` without the lone surrogates that a client may have sent."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _type_of(status: int) -> str:
     return _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
 
@@ -178,4 +181,3 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
         status: {"model": ErrorResponse, "description": HTTPStatus(status).phrase} for status in statuses
     }
     return described | {"4XX": {"model": ErrorResponse, "description": "Any other error of the request"}}
-

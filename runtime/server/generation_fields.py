@@ -5,15 +5,17 @@ this server does not serve, unless its value asks for nothing. Not covered: what
 (`runtime.server.choices`).
 """
 
-from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from runtime.request import MAX_ALTERNATIVES
+from runtime.server.unserved_fields import IN_STREAM_OPTIONS, UnservedFields
 
 MAX_STOPS = 16
+_MAX_STOP_LENGTH = 1000
+_MAX_NAME_LENGTH = 256
 _MAX_SEED = 2**63 - 1
 _MAX_PENALTY = 100.0
 
@@ -35,10 +37,11 @@ def is_list(value: Any) -> str:
 
 Text = Annotated[str, AfterValidator(_check_unicode)]
 """Text that can be encoded: JSON lets lone surrogates through."""
-StopText = Annotated[Text, Field(min_length=1)]
+Name = Annotated[str, Field(max_length=_MAX_NAME_LENGTH), AfterValidator(_check_unicode)]
+StopText = Annotated[str, Field(min_length=1, max_length=_MAX_STOP_LENGTH), AfterValidator(_check_unicode)]
 Stop = Annotated[
     Annotated[StopText, Tag("<text>")]
-    | Annotated[list[StopText], Field(max_length=MAX_STOPS), Tag("<list>")]
+    | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True), Tag("<list>")]
     | Annotated[None, Tag("<null>")],
     Discriminator(lambda value: "<null>" if value is None else is_list(value)),
 ]
@@ -53,13 +56,17 @@ class StrictModel(BaseModel):
     """What a client sends. `unserved` names fields of OpenAI's API with the values that ask for nothing."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-    unserved: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    unserved: ClassVar[UnservedFields] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _refuse_unserved(cls, content: Any) -> Any:
+    def _refuse_others(cls, content: Any) -> Any:
         if not isinstance(content, dict):
             return content
+        # Not left to pydantic, which would list every one of a hundred thousand.
+        unknown = next((name for name in content if name not in cls.model_fields and name not in cls.unserved), None)
+        if unknown is not None:
+            raise PydanticCustomError("unknown", "there is no such field", {"param": unknown})
         for name in cls.unserved.keys() & content.keys():
             value = content[name]
             # True is 1, and False 0, to Python's comparison.
@@ -71,7 +78,7 @@ class StrictModel(BaseModel):
 class StreamOptions(StrictModel):
     """Options of a stream."""
 
-    unserved = {"include_obfuscation": (False,)}
+    unserved = IN_STREAM_OPTIONS
 
     include_usage: bool = Field(False, description="End with a chunk that holds the usage, and no choices.")
 
@@ -79,7 +86,7 @@ class StreamOptions(StrictModel):
 class GenerationFields(StrictModel):
     """What chats and completions have in common."""
 
-    model: Text = Field(description="One of those that /v1/models lists.")
+    model: Name = Field(description="One of those that /v1/models lists.")
     n: int | None = Field(1, ge=1, description="Answers to each prompt. The seed of answer i is seed + i.")
     stream: bool | None = Field(False, description="Answer in server-sent events.")
     stream_options: StreamOptions | None = None
@@ -87,8 +94,10 @@ class GenerationFields(StrictModel):
     seed: int | None = Field(None, ge=0, le=_MAX_SEED, description="Of the random draws.")
     temperature: float | None = Field(1.0, ge=0, le=2, description="0 is greedy.")
     top_p: float | None = Field(1.0, ge=0, le=1)
-    user: Text | None = Field(None, description="Users of one priority take turns, unless API keys tell clients apart.")
-    sharers: list[int] | None = Field(None, description="Extra: numbers of the sharers to use; all by default.")
+    user: Name | None = Field(None, description="Users of one priority take turns, unless API keys tell clients apart.")
+    sharers: Annotated[list[int], Field(fail_fast=True)] | None = Field(
+        None, description="Extra: numbers of the sharers to use; all by default."
+    )
     fuse: bool | None = Field(None, description="Extra: false is the receiver alone.")
     top_k: int | None = Field(None, ge=0, description="Extra: sample among the k most probable tokens; 0 is off.")
     min_p: float | None = Field(

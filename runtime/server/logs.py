@@ -1,7 +1,7 @@
 """Logs as JSON, one object a line: time, level, event, and what the event has to say.
 
-In: Python's logging, ours and uvicorn's, and its warnings. Out: lines on a stream. An exception is logged by its type and
-where it was raised: its message may quote a prompt.
+In: Python's logging, ours and uvicorn's, and its warnings. Out: lines on a stream. An exception is logged by its type
+and where it was raised: its message may quote a prompt.
 """
 
 import json

@@ -14,7 +14,7 @@ from runtime.server.served_engine import ServedEngine
 _PREFILL_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60)
 _TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-_OUTCOMES = {AbortedError: "aborted", DeadlineError: "deadline", ClosedError: "closed"}
+_OUTCOMES: dict[type[Exception], str] = {AbortedError: "aborted", DeadlineError: "deadline", ClosedError: "closed"}
 
 
 class ServerMetrics(SchedulerObserver):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI
 from fastapi.responses import Response
 
 PAGE = Path(__file__).with_name("page")
@@ -34,7 +34,7 @@ def add_page(app: FastAPI) -> None:
 
 
 def _add_file(app: FastAPI, path: str, content: bytes, media_type: str) -> None:
-    async def get_file(_: Request) -> Response:
+    async def get_file() -> Response:
         return Response(content, media_type=media_type, headers=_HEADERS)
 
-    app.add_route(path, get_file, methods=["GET"], include_in_schema=False)
+    app.add_api_route(path, get_file, methods=["GET", "HEAD"], include_in_schema=False)

@@ -9,7 +9,7 @@ import re
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.generation import Generation
 from runtime.request import new_request_id
-from runtime.server.errors import CLIENT_GONE, ApiError, ClientGoneError, as_api_error
+from runtime.server.errors import CLIENT_GONE, ApiError, as_api_error
 from runtime.server.metrics import ServerMetrics
 
 log = logging.getLogger("c2c_export.server")
@@ -46,6 +46,8 @@ class RequestRecord:
     error: str | None = None
     """The error's code, or its type."""
     param: str | None = None
+    gone: bool = False
+    """Whether the client left before the answer was complete."""
     prompts: list[Any] | None = None
     answers: list[str] | None = None
 
@@ -86,20 +88,17 @@ class RequestLog:
         given = Headers(scope=scope).get("x-request-id", "")
         record = RequestRecord(given if _ID.fullmatch(given) else new_request_id())
         scope[_RECORD] = record
-        started, status, complete = time.perf_counter(), 0, False
+        started, status = time.perf_counter(), 0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal status, complete
+            nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["X-Request-Id"] = record.request_id
-            complete = message["type"] == "http.response.body" and not message.get("more_body", False)
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
-        except ClientGoneError:
-            status = CLIENT_GONE
         except Exception as error:
             log_failure(record, error)
             record.error = "internal_error"
@@ -109,12 +108,14 @@ class RequestLog:
         finally:
             spent = time.perf_counter() - started
             route = getattr(scope.get("route"), "path", "unknown")
-            self._metrics.answered(route, status if complete or status == CLIENT_GONE else CLIENT_GONE, spent)
-            self._log(scope, record, status, spent)
+            # No status at all: the client left before its request was complete.
+            seen = CLIENT_GONE if record.gone or not status else status
+            self._metrics.answered(route, seen, spent)
+            self._log(scope, record, seen, spent)
 
     def _log(self, scope: Scope, record: RequestRecord, status: int, spent: float) -> None:
         level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO
-        known = {name: value for name, value in vars(record).items() if value is not None}
+        known = {name: value for name, value in vars(record).items() if value is not None and name != "gone"}
         where = {"method": scope["method"], "path": scope["path"]}
         fields = {**known, **where, "status": status, "seconds": round(spent, 6)}
         log.log(level, "request", extra={"fields": fields})

@@ -1,6 +1,6 @@
 """From a checked body to the engine's requests: one for each answer, with the server's limits applied."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from runtime.conversation import Prompt
@@ -9,8 +9,10 @@ from runtime.sampling import SamplingParams
 from runtime.server.chat_request import ChatRequest
 from runtime.server.completion_request import CompletionRequest
 from runtime.server.errors import closing, invalid_request
-from runtime.server.generation_fields import GenerationFields
 from runtime.server.service import Service
+
+_CHARACTERS_PER_TOKEN = 32
+"""More than ordinary text has by far."""
 
 
 def engine_requests(
@@ -22,34 +24,26 @@ def engine_requests(
 ) -> list[Request]:
     """`n` requests for each prompt, those of one prompt together.
 
-    `tokens_field` is the body's name for the tokens to generate. Raises an `ApiError` that names the field for what this
-    server does not serve.
+    `tokens_field` is the body's name for the tokens to generate. Raises an `ApiError` that names the field for what
+    this server does not serve.
     """
     if service.closing:
         raise closing()
     settings = service.settings
     sharers = service.models.sharers_for(body.model, body.fuse, body.sharers)
-    num_answers = body.n or 1
-    if num_answers * len(prompts) > settings.max_choices:
-        raise invalid_request(
-            f"n: {num_answers * len(prompts)} answers are asked for ({len(prompts)} prompts, {num_answers} to each); "
-            f"this server gives at most {settings.max_choices} to one request",
-            "n",
-        )
-    limit, max_new_tokens = settings.max_tokens, body.max_new_tokens
+    check_num_answers(service, body, len(prompts))
+    limit, wanted = settings.max_tokens, body.max_new_tokens
     # What the client did not ask for must not make its prompt too long.
-    given = max_new_tokens is not None and tokens_field in body.model_fields_set
-    if given and limit is not None and max_new_tokens > limit:
-        raise invalid_request(
-            f"{tokens_field}: {max_new_tokens} is not allowed; this server generates at most {limit} tokens",
-            tokens_field,
-        )
+    given = wanted is not None and tokens_field in body.model_fields_set
+    if given and wanted is not None and limit is not None and wanted > limit:
+        message = f"{wanted} is not allowed; this server generates at most {limit} tokens"
+        raise invalid_request(f"{tokens_field}: {message}", tokens_field)
     return [
         Request(
             prompt=prompt,
             fuse=bool(sharers),
             sharers=sharers,
-            max_new_tokens=_least(max_new_tokens, limit),
+            max_new_tokens=_least(wanted, limit),
             shorten=not given,
             ignore_eos=bool(body.ignore_eos),
             stop=body.stops,
@@ -60,8 +54,34 @@ def engine_requests(
             client=client,
         )
         for prompt in prompts
-        for index in range(num_answers)
+        for index in range(body.n or 1)
     ]
+
+
+def check_num_answers(service: Service, body: ChatRequest | CompletionRequest, num_prompts: int) -> None:
+    """Raise an `ApiError` where one request asks for more answers than this server gives to one."""
+    num_answers, limit = body.n or 1, service.settings.max_choices
+    if num_answers * num_prompts > limit:
+        raise invalid_request(
+            f"n: {num_answers * num_prompts} answers are asked for ({num_prompts} prompts, {num_answers} to each); "
+            f"this server gives at most {limit} to one request",
+            "n",
+        )
+
+
+def check_length(service: Service, texts: Iterable[str], field: str, num_messages: int = 1) -> None:
+    """Raise an `ApiError` for a prompt that is too long beyond doubt, before the time that tokenizing it takes."""
+    capacity = service.engine.bundle.manifest.max_length
+    if num_messages > capacity:
+        found, most = f"{num_messages} messages", f"{capacity}"
+    elif (length := sum(map(len, texts))) > _CHARACTERS_PER_TOKEN * capacity:
+        found, most = f"{length} characters", f"{_CHARACTERS_PER_TOKEN * capacity}"
+    else:
+        return
+    message = (
+        f"{field}: a prompt of {found} is too long; this bundle, with a capacity of {capacity} tokens, takes {most}"
+    )
+    raise invalid_request(message, field, "context_length_exceeded")
 
 
 def _sampling(body: ChatRequest | CompletionRequest, index: int) -> SamplingParams:

@@ -6,8 +6,7 @@ are HTTP errors; later ones are an event {"error": …}, after which the stream 
 
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from http import HTTPStatus
-from typing import Any, Protocol
+from typing import Protocol
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response
@@ -18,7 +17,7 @@ from runtime.generation import Chunk, Generation
 from runtime.request import Request
 from runtime.server.answers import answers_in_pieces, whole_answers
 from runtime.server.connection import EventStream, while_connected
-from runtime.server.errors import as_api_error, error_responses
+from runtime.server.errors import as_api_error
 from runtime.server.generation_fields import GenerationFields
 from runtime.server.generation_parts import Usage
 from runtime.server.request_log import RequestRecord, log_failure, record_of
@@ -109,23 +108,6 @@ class Call:
 
     def _done(self, generations: Sequence[Generation]) -> None:
         self.record.done(generations, self.num_answers, with_text=self.service.settings.log_prompts)
-
-
-def generation_responses(event: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
-    """The OpenAPI description of what a generation is answered with; `event` is the data of a stream's events."""
-    stream = f"With stream: server-sent events, each the JSON of a {event.__name__}; the last one is [DONE]."
-    errors = error_responses(
-        HTTPStatus.BAD_REQUEST,
-        HTTPStatus.UNAUTHORIZED,
-        HTTPStatus.NOT_FOUND,
-        HTTPStatus.REQUEST_TIMEOUT,
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-        HTTPStatus.TOO_MANY_REQUESTS,
-        HTTPStatus.INTERNAL_SERVER_ERROR,
-        HTTPStatus.SERVICE_UNAVAILABLE,
-    )
-    events = {"text/event-stream": {"schema": {"type": "string", "description": stream}}}
-    return {HTTPStatus.OK.value: {"content": events}, **errors}
 
 
 async def _next(pieces: AsyncGenerator[tuple[int, Chunk], None]) -> tuple[int, Chunk]:

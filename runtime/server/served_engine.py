@@ -1,6 +1,6 @@
 """What the application needs of an engine: `AsyncC2CEngine`, or one that passes requests on to others."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from c2c_export.bundle import Bundle
@@ -45,5 +45,5 @@ class ServedEngine(Protocol):
     async def generate(self, request: Request) -> Generation:
         """The whole answer; being cancelled aborts the request."""
 
-    def stream(self, request: Request) -> AsyncIterator[Chunk]:
-        """The answer in pieces; an asynchronous generator, closing which aborts the request."""
+    def stream(self, request: Request) -> AsyncGenerator[Chunk, None]:
+        """The answer in pieces; closing the generator early aborts the request."""
