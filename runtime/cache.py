@@ -12,6 +12,7 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
+from c2c_export.bundle import TensorSpec
 from c2c_export.errors import C2CError
 from engines.base import Array, Buffer, Engine, View, misaligned, storage_dtype
 
@@ -27,6 +28,10 @@ class KVCachePool:
         Raises `C2CError` when the slots do not begin where `engine` wants them, or memory does not suffice.
         """
         self.num_slots = num_slots
+        self.row_bytes = cache_row_bytes(engine.inputs)
+        """What one row of all caches takes."""
+        self.row_bytes = cache_row_bytes(engine.inputs)
+        """What one row of all caches takes in memory."""
         self._buffers: dict[str, Buffer] = {}
         self._in_place: dict[int, Mapping[str, View]] = {}
         for spec in engine.inputs:
@@ -38,14 +43,6 @@ class KVCachePool:
     def names(self) -> tuple[str, ...]:
         """Of all caches."""
         return tuple(self._buffers)
-
-    @property
-    def row_bytes(self) -> int:
-        """What one row of all caches takes."""
-        return sum(
-            buffer.shape[1] * buffer.shape[3] * storage_dtype(buffer.dtype).itemsize
-            for buffer in self._buffers.values()
-        )
 
     @property
     def slot_bytes(self) -> int:
@@ -99,6 +96,15 @@ def view_of_slots(buffer: Buffer, slots: range) -> View:
     if not 0 <= slots.start < slots.stop <= buffer.shape[0]:
         raise ValueError(f"slots {slots.start} to {slots.stop - 1} of {buffer.shape[0]}")
     return replace(buffer.view(slots.start), shape=(len(slots), *buffer.shape[1:]))
+
+
+def cache_row_bytes(inputs: Iterable[TensorSpec]) -> int:
+    """Bytes of one row of all caches, keys and values, of a decoder's graph with these `inputs`."""
+    return sum(
+        prod(int(size) for size in (spec.shape[1], spec.shape[3])) * storage_dtype(spec.dtype).itemsize
+        for spec in inputs
+        if spec.name.startswith(_PAST)
+    )
 
 
 def allocate_slots(engine: Engine, name: str, shape: tuple[int, ...], dtype: str) -> Buffer:

@@ -6,7 +6,8 @@ which engine that is (`engines.select`), and whether it was checked (`runtime.ch
 
 from dataclasses import dataclass
 
-from c2c_export.bundle import Bundle, EngineRecord, ModelRecord
+from c2c_export.bundle import MANIFEST_NAME, Bundle, EngineRecord, ModelRecord
+from c2c_export.errors import BundleError
 from engines.base import Device, Engine
 from engines.select import load_engine, new_device
 from runtime.awaited_sharer import AwaitedSharer
@@ -17,7 +18,9 @@ from runtime.prefill import Prefiller
 
 @dataclass(frozen=True)
 class EngineLoader:
-    """Every method raises `C2CError` where a graph cannot be loaded or memory is short."""
+    """Every method raises `C2CError` where a graph cannot be loaded or memory is short, `BundleError` where the engine
+    contradicts the manifest.
+    """
 
     bundle: Bundle
     record: EngineRecord
@@ -52,9 +55,24 @@ class EngineLoader:
         return Decoder(engine, self.num_slots, self.bundle.manifest.max_length)
 
     def _decoder(self, name: str, model: ModelRecord, device: Device) -> Decoder:
-        return Decoder(self._graph(name, device), self.num_slots, self.bundle.manifest.max_length, model.vocab_size)
+        engine = self._graph(name, device)
+        _check_vocabulary(self.bundle, name, model, engine)
+        return Decoder(engine, self.num_slots, self.bundle.manifest.max_length, model.vocab_size)
 
     def _graph(self, name: str, device: Device) -> Engine:
         path = self.bundle.file(self.record.graphs[name])
         weights_folder = self.bundle.weights_folder(self.record)
         return load_engine(self.record.target, path, device, self.num_threads, weights_folder)
+
+
+def _check_vocabulary(bundle: Bundle, name: str, model: ModelRecord, engine: Engine) -> None:
+    """Raise `BundleError` where the manifest gives a model more ids than its engine has logits.
+
+    An engine without logits, a sharer's, tells nothing of its vocabulary.
+    """
+    for spec in engine.outputs:
+        if spec.name == "logits" and model.vocab_size > int(spec.shape[2]):
+            raise BundleError(
+                f"{bundle.root / MANIFEST_NAME}: field {name}.vocab_size is {model.vocab_size}, expected at most "
+                f"{spec.shape[2]}, the number of its engine's logits; export the bundle again"
+            )

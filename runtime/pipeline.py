@@ -91,8 +91,8 @@ class C2CPipeline:
         which and why. `precision` may be "auto" too; by default it is "fp32" for a named engine that has it, else
         "auto". `num_slots` is how many sessions may be open at once; their caches are allocated here and take memory
         when used (on a GPU at once). `num_threads` per engine on the CPU defaults to the physical cores. Raises
-        `BundleError` when a file of the bundle is missing or changed, `UsageError` when it has no such engine,
-        `C2CError` when it has and this machine cannot run it.
+        `BundleError` when a file of the bundle is missing or changed, or contradicts the manifest, `UsageError` when it
+        has no such engine, `C2CError` when it has and this machine cannot run it.
 
         An engine that `c2c-export check` found to fail is refused with a `FailedEngineError` ("auto" takes the next),
         one that it never checked gives an `UncheckedEngineWarning`, unless `allow_failed` or `allow_unchecked` is set.

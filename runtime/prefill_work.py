@@ -5,7 +5,10 @@ each fused section, whose rows are then fused before the next section attends to
 the reference's).
 
 Results do not depend on where a run of tokens is cut, but for one thing: engines compute a single token by another path
-than several (a decode step's), which rounds otherwise. So no cut leaves a single token of a longer run.
+than several, which rounds otherwise. So no cut leaves a single token of a longer run; and no call of a decoder has one
+token more than a multiple of 16, as ONNX Runtime's attention takes tokens by blocks (of twice the head size, which is a
+multiple of 8) and a block of one by that path too. That holds for `GroupQueryAttention`; where a model's heads keep the
+portable `Attention` (`engines.ort`), sums over a row depend on the number of rows in use, by float32's rounding.
 """
 
 from collections import deque
@@ -13,6 +16,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from runtime.slot_state import FusedRows, Reuse, SlotState
+
+_ATTENTION_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -105,14 +110,21 @@ class PrefillWork:
         """Take the next piece, or about as many of its first rows (at least 2)."""
         piece = self._pieces.popleft()
         length = piece.stop - piece.start
-        if max_rows is None or length <= max(2, max_rows):
+        taken = _length_of_call(length, length if max_rows is None else max_rows, isinstance(piece, FuseSection))
+        if taken == length:
             return piece
-        cut = piece.start + max(2, max_rows)
-        if piece.stop - cut == 1:  # neither the rest nor the first part may be a single row
-            if cut - piece.start == 2:
-                return piece
-            cut -= 1
+        cut = piece.start + taken
         self._pieces.appendleft(replace(piece, start=cut))
         if isinstance(piece, PrefillReceiver):
             return replace(piece, stop=cut, closing=False)
         return replace(piece, stop=cut)
+
+
+def _length_of_call(length: int, max_rows: int, fusing: bool) -> int:
+    """How many of a run's `length` rows one call computes."""
+    if length <= 3:
+        return length
+    taken = min(length, max(2, max_rows))
+    while length - taken == 1 or (taken % _ATTENTION_BLOCK == 1 and not fusing):
+        taken -= 1
+    return taken

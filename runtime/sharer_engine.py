@@ -18,8 +18,9 @@ from runtime.checked import refuse_failed, warn_of_unchecked
 from runtime.decoder import Decoder
 from runtime.engine_loader import EngineLoader
 from runtime.kept_rows import SharerRows
+from runtime.prefill_work import PrefillWork
 from runtime.prompt import ModelTokens
-from runtime.slot_state import NO_TOKENS, common_rows
+from runtime.slot_state import NO_TOKENS, Reuse, SlotState, common_rows
 
 _READ = "sharer_"
 
@@ -86,19 +87,22 @@ class SharerEngine:
         Raises `UsageError` where they are none, or more than the capacity, and `C2CError` where an id is not one of the
         model's, or the engine fails.
         """
-        num_tokens = len(tokens.ids)
-        if not 1 <= num_tokens <= self._sharer.capacity:
-            raise UsageError(f"{num_tokens} tokens to read: expected 1 to {self._sharer.capacity}, the capacity")
+        num_tokens, capacity = len(tokens.ids), self._sharer.capacity
+        if not 1 <= num_tokens <= capacity:
+            raise UsageError(f"{num_tokens} tokens to read: expected 1 to {capacity}, the capacity")
         with self._lock:
-            slot, start = self._begin(tokens)
-            if start < num_tokens:
-                self._sharer.run(slot, tokens.ids[start:], tokens.position_ids[start:], start)
-            rows = self._sharer.pool.take_rows(self._names, slot, 0, num_tokens)
+            slot, first = self._begin(tokens)
+            target, reuse = SlotState(sharers={self.number: tokens}), Reuse(sharer_rows={self.number: first})
+            work = PrefillWork(target, reuse, closing_padding=False)
+            while not work.done:
+                piece = work.take()
+                rows = slice(piece.start, piece.stop)
+                self._sharer.run(slot, tokens.ids[rows], tokens.position_ids[rows], piece.start)
             self._held[slot] = tokens
-        return SharerRows(self.number, tokens, rows)
+            return SharerRows(self.number, tokens, self._sharer.pool.take_rows(self._names, slot, 0, num_tokens))
 
     def _begin(self, tokens: ModelTokens) -> tuple[int, int]:
-        """The slot to read `tokens` in, which holds nothing for others now, and the first row to compute."""
+        """The slot to read `tokens` in, which counts as empty from now on, and how many of its rows are there."""
         best = max(self._held, key=lambda slot: _reusable_rows(self._held[slot], tokens))
         held, start = self._held[best], _reusable_rows(self._held[best], tokens)
         # A prompt that goes on keeps its slot; one that only begins alike leaves the other its rows.
@@ -114,11 +118,7 @@ class SharerEngine:
 def _reusable_rows(held: ModelTokens, tokens: ModelTokens) -> int:
     """How many leading rows of `held` are those of `tokens`, bit by bit.
 
-    Engines compute a single token otherwise than several, so neither is one left over, nor is the row of one that was
-    read alone used for more.
+    A token that is read alone is computed otherwise than one of several.
     """
-    num_tokens = len(tokens.ids)
-    rows = common_rows(held, tokens)
-    if 1 in (len(held.ids), num_tokens):
-        return rows if len(held.ids) == num_tokens else 0
-    return rows - 1 if num_tokens - rows == 1 else rows
+    alone = 1 in (len(held.ids), len(tokens.ids))
+    return 0 if alone and len(held.ids) != len(tokens.ids) else common_rows(held, tokens)

@@ -1,5 +1,6 @@
 """A recorded pair's bundle beside its trained models, as the levels of a check are given them."""
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,19 @@ def trained_pair(bundle: Path, pair: str) -> TrainedPair:
     return TrainedPair.load(read_manifest(bundle), options_of(bundle, pair))
 
 
-def context_of(bundle: Path, pair: str, engine: str = "ort-cpu-fp32", **more: Any) -> CheckContext:
-    """What a level is given of that engine; `more` are further options. The engine is loaded anew."""
+def context_of(
+    bundle: Path,
+    pair: str,
+    engine: str = "ort-cpu-fp32",
+    *,
+    trained: TrainedPair | None = None,
+    prompts: Sequence[CalibrationPrompt] = PROMPTS,
+    **more: Any,
+) -> CheckContext:
+    """What a level is given of that engine, which is loaded anew; `more` are further options.
+
+    `trained` is by default what the bundle at that path is compared with.
+    """
     opened = Bundle.open(bundle)
     record = opened.manifest.engines[engine]
     return CheckContext(
@@ -45,7 +57,7 @@ def context_of(bundle: Path, pair: str, engine: str = "ort-cpu-fp32", **more: An
         bundle=opened,
         name=engine,
         record=record,
-        trained=trained_pair(bundle, pair),
+        trained=trained or trained_pair(bundle, pair),
         engine=CheckedEngine(opened, record, num_threads=1),
-        prompts=PROMPTS,
+        prompts=prompts,
     )

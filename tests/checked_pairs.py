@@ -1,4 +1,4 @@
-"""Recorded pairs as a check sees them: bundles with engines in three precisions, and the trained models, made once.
+"""Recorded pairs with engines in three precisions, built once.
 
 In: a pair's name. Out: a `CheckedPair`, of which a test may take a copy to damage.
 """
@@ -9,26 +9,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from checked_bundles import context_of, trained_pair
+
 from c2c_export.build import build
 from c2c_export.build_plan import BuildOptions
-from c2c_export.bundle import Bundle
-from c2c_export.check.engine import CheckedEngine
 from c2c_export.check.level import CheckContext
-from c2c_export.check.options import CheckOptions
 from c2c_export.check.prompts import read_calibration
-from c2c_export.check.trained.pair import TrainedPair
 
 PRECISIONS = ("fp32", "int8", "int4")
 ENGINES = tuple(f"ort-cpu-{precision}" for precision in PRECISIONS)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class CheckedPair:
-    """A bundle with engines for the CPU in `PRECISIONS`, and what it was exported from."""
+    """A recorded pair's bundle, with engines for the CPU in `PRECISIONS`."""
 
+    name: str
     bundle: Path
-    options: CheckOptions
-    trained: TrainedPair
 
     @contextlib.contextmanager
     def copy(self, folder: Path) -> Iterator[Path]:
@@ -42,27 +39,17 @@ class CheckedPair:
 
     def context(self, bundle: Path, engine: str) -> CheckContext:
         """What a level is given of `engine` in `bundle`, a copy of this pair's."""
-        opened = Bundle.open(bundle)
-        record = opened.manifest.engines[engine]
-        checked = CheckedEngine(opened, record, 1)
-        prompts = read_calibration(None).prompts[:1]
-        return CheckContext(self.options, opened, engine, record, self.trained, checked, prompts)
+        trained, prompts = trained_pair(self.bundle, self.name), read_calibration(None).prompts[:1]
+        return context_of(bundle, self.name, engine, trained=trained, prompts=prompts)
 
 
-def make_checked_pair(exported: Path, sources: Path, folder: Path) -> CheckedPair:
-    """Copy a recorded pair's bundle into `folder`, build its engines, and load its models from `sources`."""
+def make_checked_pair(name: str, exported: Path, folder: Path) -> CheckedPair:
+    """Copy the bundle of the recorded pair of that name into `folder`, and build its engines."""
     bundle = folder / exported.name
     shutil.copytree(exported, bundle)
     for precision in PRECISIONS[1:]:
         build(BuildOptions(bundle, "ort-cpu", precision), lambda _: contextlib.nullcontext())
-    options = CheckOptions(
-        bundle=bundle,
-        receiver=str(sources / "receiver"),
-        sharers=[str(path) for path in sorted(sources.glob("sharer*"))],
-        fusers=[str(path) for path in sorted(sources.glob("fuser*"))],
-        num_threads=1,
-    )
-    return CheckedPair(bundle, options, TrainedPair.load(Bundle.open(bundle).manifest, options))
+    return CheckedPair(name, bundle)
 
 
 FindPair = Callable[[str], CheckedPair]

@@ -12,7 +12,7 @@ from statistics import median
 
 import numpy as np
 
-from c2c_export.bench.memory import PeakMemory, available_bytes, row_bytes, used_cache_bytes
+from c2c_export.bench.memory import PeakMemory, available_bytes, used_cache_bytes
 from c2c_export.bench.prompts import make_prompt
 from c2c_export.bench.report import BatchRecord
 from c2c_export.errors import UsageError
@@ -26,7 +26,7 @@ def check_batches(pipeline: C2CPipeline, batches: Sequence[int], num_rows: int) 
         return
     # Logits are twice in memory: the engine's own, and the copy that a step is chosen from.
     logits = 2 * np.dtype(np.float32).itemsize * pipeline.bundle.manifest.receiver.vocab_size
-    request = num_rows * sum(row_bytes(decoder) for decoder in pipeline.decoders) + logits
+    request = num_rows * sum(decoder.pool.row_bytes for decoder in pipeline.decoders) + logits
     needed, most = max(batches) * request, available // request
     if needed > available:
         raise UsageError(

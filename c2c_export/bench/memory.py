@@ -63,8 +63,8 @@ def used_cache_bytes(pipeline: C2CPipeline, plan: Plan, new_tokens: int) -> int:
     """What the rows of one request take in the caches of all models: its prompt's, and those of `new_tokens` tokens."""
     receiver_rows = len(plan.receiver.ids) + new_tokens - 1  # nothing reads the last token's row
     sharers = pipeline.prefiller.sharers
-    return receiver_rows * row_bytes(pipeline.receiver) + sum(
-        count * row_bytes(sharers[number]) for number, count in sharer_rows(plan, sharers).items()
+    return receiver_rows * pipeline.receiver.pool.row_bytes + sum(
+        count * sharers[number].pool.row_bytes for number, count in sharer_rows(plan, sharers).items()
     )
 
 
@@ -76,11 +76,6 @@ def sharer_rows(plan: Plan, computed: Mapping[int, Decoder]) -> dict[int, int]:
         for number, tokens in sorted(plan.sharers.items())
         if number in computed
     }
-
-
-def row_bytes(decoder: Decoder) -> int:
-    """Bytes of one row of all caches of a model."""
-    return decoder.pool.slot_bytes // decoder.capacity
 
 
 def available_bytes() -> int | None:

@@ -29,6 +29,9 @@ _PADDING = 0
 _MAX_REASON = 300
 _FIND_SECONDS = 3600.0
 """For finding the models, downloads included."""
+_LOAD_SECONDS = 1800.0
+_TIMES_OURS = 50.0
+"""How much longer than the bundle the research code may take. Three to seven times are usual."""
 
 
 @dataclass(frozen=True)
@@ -100,17 +103,36 @@ def make_request(
     )
 
 
-def run_reference(request: ReferenceRequest, python: Path | None) -> ReferenceResult:
-    """Run the process with the interpreter `python`, by default this one.
+def seconds_allowed(measured: Sequence[MeasuredPrompt], new_tokens: int, repeats: int) -> float:
+    """How many seconds the research code may take for what the bundle was measured with: half an hour to load, and
+    fifty times what the bundle took for as many runs."""
+    ours = (prompt.record.c2c for prompt in measured)
+    run_seconds = sum(times.ttft + 1e-3 * (new_tokens - 1) * times.decode_ms_per_token for times in ours)
+    return _LOAD_SECONDS + _TIMES_OURS * (repeats + 1) * run_seconds
 
-    Raises `C2CError` with the process's last line when it fails, or with what it gave that is no result.
+
+def run_reference(request: ReferenceRequest, python: Path | None, seconds: float) -> ReferenceResult:
+    """Run the process with the interpreter `python`, by default this one, for at most so many seconds.
+
+    Raises `C2CError` with the process's last line when it fails, with what it gave that is no result, or when it takes
+    longer, in which case it is killed.
     """
     interpreter = str(python or sys.executable)
     command = [interpreter, "-P", str(Path(reference_process.__file__))]
     try:
         done = subprocess.run(
-            command, input=json.dumps(dataclasses.asdict(request)), capture_output=True, text=True, check=False
+            command,
+            input=json.dumps(dataclasses.asdict(request)),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=seconds,
         )
+    except subprocess.TimeoutExpired:
+        raise C2CError(
+            f"{request.checkout}: the research code was not done after {seconds / 60:.0f} minutes, expected at most "
+            f"{_TIMES_OURS:.0f} times what the bundle took; is there enough memory? Shorter --prompt-tokens take less"
+        ) from None
     except OSError as error:
         raise C2CError(f"{interpreter}: cannot be run as an interpreter: {error.strerror}") from error
     if done.returncode:

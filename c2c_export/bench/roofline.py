@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from c2c_export.bench.machine_speed import measure_gemms, measure_numpy_gflops, measure_read_speed
 from c2c_export.bench.report import PromptRecord, RooflineRecord, SpeedShares
-from c2c_export.bench.work import GraphWork, cache_row_bytes, product_weight_bytes, read_graph_work
+from c2c_export.bench.work import GraphWork, product_weight_bytes, read_graph_work
 from c2c_export.bundle import Bundle, EngineRecord
+from runtime.cache import cache_row_bytes
 
 _NUM_SHAPES = 4
 _LARGE_SHAPE = (512, 2048, 2048)
@@ -42,7 +43,7 @@ def read_pair_work(bundle: Bundle, engine: EngineRecord) -> PairWork:
         sharers={int(name.removeprefix("sharer")): work for name, work in graphs.items() if name.startswith("sharer")},
         fusers=tuple(work for name, work in graphs.items() if name.startswith("fuser")),
         step_weight_bytes=product_weight_bytes(bundle.file(engine.graphs["receiver"])),
-        row_bytes=cache_row_bytes(manifest.receiver_graph),
+        row_bytes=cache_row_bytes(manifest.receiver_graph.inputs),
     )
 
 

@@ -221,7 +221,7 @@ def _reference(
 ) -> ReferenceRecord | None:
     if options.reference is None or sources is None:
         return None
-    from c2c_export.bench.reference import compare, make_request, run_reference
+    from c2c_export.bench.reference import compare, make_request, run_reference, seconds_allowed
 
     with step("Measuring the research code"):
         request = make_request(
@@ -233,7 +233,8 @@ def _reference(
             new_tokens=options.new_tokens,
             repeats=options.repeats,
         )
-        return compare(run_reference(request, options.reference.python), measured, request.checkout)
+        seconds = seconds_allowed(measured, options.new_tokens, options.repeats)
+        return compare(run_reference(request, options.reference.python, seconds), measured, request.checkout)
 
 
 def _lookup_bytes(bundle: Bundle, choice: EngineChoice) -> int | None:

@@ -11,9 +11,6 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from c2c_export.bundle import GraphRecord
-from engines.base import storage_dtype
-
 _PRODUCTS = frozenset({"MatMul", "Gemm", "FusedMatMul", "MatMulNBits"})
 _LOOKUPS = frozenset({"Gather", "GatherBlockQuantized"})
 _COPYING = frozenset({"Transpose", "Identity"})
@@ -82,15 +79,6 @@ def _weights(path: Path) -> Iterator[tuple[int, set[str]]]:
     for value in ir.load(path).graph.initializers.values():
         if value.const_value is not None:
             yield value.const_value.nbytes, {node.op_type for node, _ in value.uses()}
-
-
-def cache_row_bytes(graph: GraphRecord) -> int:
-    """Bytes of one row of all caches of a decoder's graph, keys and values."""
-    return sum(
-        int(spec.shape[1]) * int(spec.shape[3]) * storage_dtype(spec.dtype).itemsize
-        for spec in graph.inputs
-        if spec.name.startswith("past_")
-    )
 
 
 def _weight_shape(value: ir.Value | None) -> tuple[int, int] | None:

@@ -1,27 +1,18 @@
 """Replies that a caller begins: what follows is what would follow if the model had generated them."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+from recorded_pairs import ALIGNED, CLOSING_PADDING, UNALIGNED, PipelineOf, every, unaligned
 
-from runtime import C2CPipeline, UsageError
+from runtime import UsageError
 
-UNALIGNED, CLOSING_PADDING, ALIGNED = "qwen3_from_qwen2", "qwen3_from_llama_aligned", "llama_from_gemma3_aligned"
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
 FOLLOW_UP = {"role": "user", "content": "And of Spain?"}
 GREEDY = {"ignore_eos": True}
 
-PipelineOf = Callable[[str], C2CPipeline]
-
-
-def every(*names: str) -> Any:
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names])
-
-
 every_kind = every(UNALIGNED, CLOSING_PADDING, ALIGNED)
-unaligned = every(UNALIGNED)
 
 
 @every_kind

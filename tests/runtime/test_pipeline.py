@@ -10,37 +10,37 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from conftest import GOLDEN
+from recorded_pairs import (
+    ALIGNED,
+    CLOSING_PADDING,
+    PAIRS,
+    PARALLEL,
+    SEQUENTIAL,
+    UNALIGNED,
+    PipelineOf,
+    every,
+    tokenizer_of,
+    unaligned,
+)
+from transformers import AutoModelForCausalLM, DynamicCache
 
+from c2c_export.bundle import read_manifest, write_manifest
 from runtime import BundleError, C2CPipeline, UsageError
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-UNALIGNED, CLOSING_PADDING, ALIGNED = "qwen3_from_qwen2", "qwen3_from_llama_aligned", "llama_from_gemma3_aligned"
-PARALLEL, SEQUENTIAL = "two_sharers_parallel", "two_sharers_sequential"
 IDS = [5, 77, 300, 12, 511, 8, 64, 9, 250, 33, 401]
 QUESTION = "What is the capital of France?"
 GREEDY = {"ignore_eos": True}
 
-PipelineOf = Callable[[str], C2CPipeline]
 Array = np.ndarray[Any, Any]
 
 
-def every(*names: str) -> Any:
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names])
-
-
-every_pair = every(UNALIGNED, CLOSING_PADDING, ALIGNED, PARALLEL, SEQUENTIAL, "gates_closed")
-unaligned = every(UNALIGNED)
+every_pair = every(*PAIRS)
 
 
 @cache
 def model_of(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-
-
-@cache
-def tokenizer_of(name: str) -> Any:
-    return AutoTokenizer.from_pretrained(GOLDEN / name / "receiver")
 
 
 def decode(name: str, ids: Sequence[int]) -> str:
@@ -493,6 +493,18 @@ def test_a_damaged_bundle_is_refused_by_the_files_name(
         C2CPipeline.from_bundle(folder)
     weights.unlink()
     with pytest.raises(BundleError, match=r"receiver\.onnx\.data.*missing"):
+        C2CPipeline.from_bundle(folder)
+
+
+@unaligned
+def test_a_manifest_with_more_ids_than_the_engine_has_logits_is_refused(
+    name: str, recorded_bundle: Callable[[str], Path], tmp_path: Path
+):
+    folder = Path(shutil.copytree(recorded_bundle(name), tmp_path / name))
+    manifest = read_manifest(folder)
+    receiver = manifest.receiver.model_copy(update={"vocab_size": manifest.receiver.vocab_size + 1})
+    write_manifest(folder, manifest.model_copy(update={"receiver": receiver}))
+    with pytest.raises(BundleError, match=r"manifest\.json: field receiver\.vocab_size is 513, expected at most 512,"):
         C2CPipeline.from_bundle(folder)
 
 

@@ -3,23 +3,21 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
+from recorded_pairs import ALIGNED, CLOSING_PADDING, SEQUENTIAL, UNALIGNED, PipelineOf, every
 
 from c2c_export.bundle import Bundle
 from engines.base import Binding, Engine, View
 from engines.ort.engine import OrtBinding, OrtCpuEngine
-from runtime import C2CPipeline, Message
+from runtime import Message
 from runtime.decoder import Decoder
 from runtime.fuser import Fuser
 from runtime.prefill import Prefiller
 from runtime.prompt import ModelTokens, Plan
 from runtime.slot_state import SlotState
 
-UNALIGNED, CLOSING_PADDING, ALIGNED = "qwen3_from_qwen2", "qwen3_from_llama_aligned", "llama_from_gemma3_aligned"
-TWO_SHARERS = "two_sharers_sequential"
 CHAT = [
     Message("system", "Be brief."),
     Message("user", "What is the capital of France?"),
@@ -27,14 +25,7 @@ CHAT = [
     Message("user", "And of Spain?"),
 ]
 
-PipelineOf = Callable[[str], C2CPipeline]
-
-
-def every(*names: str) -> Any:
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names])
-
-
-every_kind = every(UNALIGNED, CLOSING_PADDING, ALIGNED, TWO_SHARERS)
+every_kind = every(UNALIGNED, CLOSING_PADDING, ALIGNED, SEQUENTIAL)
 every_aligned = every(CLOSING_PADDING, ALIGNED)
 
 
@@ -163,7 +154,7 @@ def test_a_further_turn_computes_the_new_rows_only(name: str, counted: Counted):
     counted.assert_holds(second)
 
 
-@every(UNALIGNED, TWO_SHARERS)
+@every(UNALIGNED, SEQUENTIAL)
 def test_a_further_turn_of_an_unaligned_pair_keeps_the_sharers_rows(name: str, counted: Counted):
     # The whole prompt is one fused section, whose receiver rows attend to each other unfused: all are computed again.
     sharers = tuple(counted.sharers)

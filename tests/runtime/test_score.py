@@ -1,45 +1,32 @@
 """Scores of continuations: against transformers for the receiver alone, against what C2C itself decodes when fused."""
 
 import json
-from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from recorded_pairs import each_pair
+from conftest import GOLDEN
+from recorded_pairs import (
+    PipelineOf,
+    each_pair,
+    every_kind,
+    tokenizer_of,
+    unaligned,
+)
 from safetensors.numpy import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from runtime import C2CError, C2CPipeline, Session, UsageError
 from runtime.score import score_tokens
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-UNALIGNED, CLOSING_PADDING, ALIGNED = "qwen3_from_qwen2", "qwen3_from_llama_aligned", "llama_from_gemma3_aligned"
-TWO_SHARERS = "two_sharers_parallel"
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
 FOLLOW_UP = {"role": "user", "content": "And of Spain?"}
 IDS = [5, 77, 300, 12, 511, 8, 64, 9, 250, 33, 401]
 OTHER_IDS = [17, 3, 499, 60, 61, 2, 128]
 GREEDY = {"ignore_eos": True}
 TOLERANCE = 1e-4
-
-PipelineOf = Callable[[str], C2CPipeline]
-
-
-def every(*names: str) -> Any:
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names])
-
-
-every_kind = every(UNALIGNED, CLOSING_PADDING, ALIGNED, TWO_SHARERS)
-unaligned = every(UNALIGNED)
-
-
-@cache
-def tokenizer_of(name: str) -> Any:
-    return AutoTokenizer.from_pretrained(GOLDEN / name / "receiver")
 
 
 @cache

@@ -2,39 +2,25 @@
 
 import gc
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from recorded_pairs import (
+    PipelineOf,
+    every_kind,
+    tokenizer_of,
+    unaligned,
+)
 
 from runtime import C2CError, C2CPipeline, Session, UsageError
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-UNALIGNED, CLOSING_PADDING, ALIGNED = "qwen3_from_qwen2", "qwen3_from_llama_aligned", "llama_from_gemma3_aligned"
-TWO_SHARERS = "two_sharers_parallel"
 QUESTION = {"role": "user", "content": "What is the capital of France?"}
 FOLLOW_UP = {"role": "user", "content": "And of Spain?"}
 ANSWER = {"role": "assistant", "content": "Paris, it is."}
 IDS = [5, 77, 300, 12, 511, 8, 64, 9, 250]
 GREEDY = {"ignore_eos": True}
-
-PipelineOf = Callable[[str], C2CPipeline]
-
-
-def every(*names: str) -> Any:
-    return pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names])
-
-
-every_kind = every(UNALIGNED, CLOSING_PADDING, ALIGNED, TWO_SHARERS)
-unaligned = every(UNALIGNED)
-
-
-@cache
-def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(GOLDEN / name / "receiver")
 
 
 def decode(name: str, ids: list[int]) -> str:

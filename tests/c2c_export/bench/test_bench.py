@@ -331,7 +331,7 @@ def test_the_memory_of_requests_is_that_of_caches_and_logits(
 ):
     pipeline = recorded_pipeline(UNALIGNED)
     manifest = pipeline.bundle.manifest
-    rows = sum(decoder.pool.slot_bytes // decoder.capacity for decoder in pipeline.decoders)
+    rows = sum(decoder.pool.slot_bytes // manifest.max_length for decoder in pipeline.decoders)
     needed = 3 * (20 * rows + 8 * manifest.receiver.vocab_size)
     monkeypatch.setattr("c2c_export.bench.batch.available_bytes", lambda: needed)
     check_batches(pipeline, [3], 20)

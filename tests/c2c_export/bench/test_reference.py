@@ -12,7 +12,14 @@ from safetensors.numpy import load_file
 
 from c2c_export.bench.measure import MeasuredPrompt
 from c2c_export.bench.options import ReferenceOptions
-from c2c_export.bench.reference import compare, find_sources, make_request, padded_prompt, run_reference
+from c2c_export.bench.reference import (
+    compare,
+    find_sources,
+    make_request,
+    padded_prompt,
+    run_reference,
+    seconds_allowed,
+)
 from c2c_export.bench.reference_process import ReferencePrompt, ReferenceRequest, ReferenceResult, ReferenceRun
 from c2c_export.bench.report import PhaseTimes, PromptRecord
 from c2c_export.errors import C2CError, UsageError
@@ -23,6 +30,7 @@ GOLDEN = Path(__file__).parents[2] / "golden"
 UNALIGNED, ALIGNED, CLOSING_PADDING = "qwen3_from_qwen2", "llama_from_gemma3_aligned", "qwen3_from_llama_aligned"
 TWO_SHARERS = "two_sharers_sequential"
 CHECKOUT = os.environ.get("C2C_REFERENCE")
+SECONDS = 300.0
 
 PipelineOf = Callable[[str], C2CPipeline]
 needs_checkout = pytest.mark.skipif(CHECKOUT is None, reason="C2C_REFERENCE names no checkout of thu-nics/C2C")
@@ -118,11 +126,11 @@ def test_a_checkout_that_fails_is_an_error_with_its_reason(recorded_pipeline: Pi
     sources = find_sources(given, manifest)
     request = make_request(given, sources, manifest.fusion_mode, [plan], threads=1, new_tokens=2, repeats=1)
     with pytest.raises(C2CError, match="the research code failed: ModuleNotFoundError: No module named 'rosetta'"):
-        run_reference(request, None)
+        run_reference(request, None, SECONDS)
     with pytest.raises(C2CError, match="/bin/true: gave no result, expected a Python interpreter"):
-        run_reference(request, Path("/bin/true"))
+        run_reference(request, Path("/bin/true"), SECONDS)
     with pytest.raises(C2CError, match="cannot be run as an interpreter: Permission denied"):
-        run_reference(request, GOLDEN / "README.md")
+        run_reference(request, GOLDEN / "README.md", SECONDS)
 
 
 REQUEST = ReferenceRequest(
@@ -154,7 +162,7 @@ def interpreter_that_prints(text: str, folder: Path) -> Path:
 
 
 def test_a_whole_result_is_read(tmp_path: Path):
-    result = run_reference(REQUEST, interpreter_that_prints(json.dumps(RESULT), tmp_path))
+    result = run_reference(REQUEST, interpreter_that_prints(json.dumps(RESULT), tmp_path), SECONDS)
     assert result.runs == [ReferenceRun(**RUN)]
 
 
@@ -174,7 +182,26 @@ def test_a_whole_result_is_read(tmp_path: Path):
 def test_less_than_a_whole_result_is_an_error(result: Any, message: str, tmp_path: Path):
     text = result if isinstance(result, str) else json.dumps(result)
     with pytest.raises(C2CError, match=message):
-        run_reference(REQUEST, interpreter_that_prints(text, tmp_path))
+        run_reference(REQUEST, interpreter_that_prints(text, tmp_path), SECONDS)
+
+
+def test_a_research_code_that_does_not_end_is_killed_and_told(tmp_path: Path):
+    path, pid = tmp_path / "python", tmp_path / "pid"
+    path.write_text(f"#!/bin/sh\necho $$ > {pid}\nexec sleep 600\n")
+    path.chmod(0o755)
+    with pytest.raises(C2CError, match=r"^C2C: the research code was not done after 0 minutes, .* --prompt-tokens"):
+        run_reference(REQUEST, path, 0.5)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+def test_the_research_code_may_take_fifty_times_as_long_as_the_bundle_and_load_for_half_an_hour():
+    measured = [
+        MeasuredPrompt(plan_of([1, 2]), prompt_record(ttft, milliseconds), [5])
+        for ttft, milliseconds in ((1.0, 100.0), (2.0, 300.0))
+    ]
+    # Three runs each, one of them not counted: 1 + 10 * 0.1 and 2 + 10 * 0.3 seconds.
+    assert seconds_allowed(measured, new_tokens=11, repeats=2) == pytest.approx(1800 + 50 * 3 * (2 + 5))
 
 
 @pytest.mark.xdist_group(UNALIGNED)
@@ -212,7 +239,7 @@ def test_the_research_code_gives_the_same_tokens(pair: str, recorded_pipeline: P
         ours = pipeline.generate(input_ids=ids, max_new_tokens=6, ignore_eos=True).token_ids
     sources = find_sources(given, manifest)
     request = make_request(given, sources, manifest.fusion_mode, [plan], threads=1, new_tokens=6, repeats=1)
-    (run,) = run_reference(request, None).runs
+    (run,) = run_reference(request, None, SECONDS).runs
     assert 0 < run.receiver_prefill[0] < run.ttft[0]
     assert 0 < run.sharer_prefill[0] < run.ttft[0]
     assert min(run.steps) > 0
@@ -279,7 +306,7 @@ def test_the_process_times_what_a_checkout_computes_and_steps_see_all_rows(tmp_p
         repeats=2,
         prompts=[ReferencePrompt([ids, ids], [[1] * 7, [1] * 7], [(6, True), (1, False)])],
     )
-    result = run_reference(request, None)
+    result = run_reference(request, None, SECONDS)
     (run,) = result.runs
     receiver = AutoModelForCausalLM.from_pretrained(folder / "receiver", dtype=torch.float32).eval()
     expected = list(ids)

@@ -10,8 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from c2c_export.bench.report import PhaseTimes, PromptRecord
 from c2c_export.bench.roofline import gemm_shapes, read_pair_work, speed_shares
-from c2c_export.bench.work import GraphWork, cache_row_bytes, lookup_weight_bytes, product_weight_bytes, read_graph_work
+from c2c_export.bench.work import GraphWork, lookup_weight_bytes, product_weight_bytes, read_graph_work
 from c2c_export.bundle import Bundle
+from runtime.cache import cache_row_bytes
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 UNALIGNED, ALIGNED = "qwen3_from_qwen2", "llama_from_gemma3_aligned"
@@ -96,7 +97,7 @@ def test_a_step_reads_every_weight_but_a_table_that_is_only_looked_up(pair: str,
     embedding = AutoModelForCausalLM.from_pretrained(GOLDEN / pair / "sharer").get_input_embeddings().weight
     assert lookup_weight_bytes(bundle.file(sharer.sharer_graph.path)) == 4 * embedding.numel()
     record = bundle.manifest.receiver
-    assert cache_row_bytes(bundle.manifest.receiver_graph) == 4 * 2 * (
+    assert cache_row_bytes(bundle.manifest.receiver_graph.inputs) == 4 * 2 * (
         record.num_layers * record.num_key_value_heads * record.head_dim
     )
 

@@ -1,0 +1,209 @@
+"""The engine from asyncio: streams, cancellation, closing, and no request without an end."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from c2c_export.errors import C2CError, UsageError
+from runtime import (
+    AbortedError,
+    AsyncC2CEngine,
+    C2CPipeline,
+    ClosedError,
+    QueueFullError,
+    Request,
+    SamplingParams,
+    SchedulerOptions,
+)
+
+NAME = "qwen3_from_llama_aligned"
+pytestmark = pytest.mark.xdist_group(NAME)
+QUESTION = "What is the capital of France?"
+ENDLESS = Request(prompt=QUESTION, ignore_eos=True)
+
+BundleOf = Callable[[str], Path]
+Scenario = Callable[[AsyncC2CEngine], Awaitable[None]]
+
+
+@pytest.fixture
+def run(recorded_bundle: BundleOf) -> Callable[..., AsyncC2CEngine]:
+    """Run a scenario on an engine, close it, and see that its thread has ended."""
+
+    def run_scenario(scenario: Scenario, **options: int) -> AsyncC2CEngine:
+        async def body() -> AsyncC2CEngine:
+            engine = AsyncC2CEngine.from_bundle(
+                recorded_bundle(NAME),
+                num_threads=1,
+                num_slots=2,
+                allow_unchecked=True,
+                options=SchedulerOptions(**options),  # type: ignore[arg-type]
+            )
+            async with engine:
+                await scenario(engine)
+            return engine
+
+        engine = asyncio.run(asyncio.wait_for(body(), 120))
+        assert not engine._thread.is_alive()
+        assert (engine.num_active, engine.num_waiting) == (0, 0)
+        assert engine._scheduler.num_free_slots == 2
+        return engine
+
+    return run_scenario
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.005)
+
+
+def test_answers_and_streams_are_the_pipelines(
+    run: Callable[..., AsyncC2CEngine], recorded_pipeline: Callable[[str], C2CPipeline]
+):
+    pipe = recorded_pipeline(NAME)
+    sampling = SamplingParams(temperature=0.9, top_k=20, seed=4)
+
+    async def scenario(engine: AsyncC2CEngine) -> None:
+        async def streamed() -> tuple[str, list[int]]:
+            text, ids = "", []
+            async for chunk in engine.stream(Request(prompt=QUESTION, max_new_tokens=12, sampling=sampling)):
+                text, ids = text + chunk.text, ids + chunk.token_ids
+            assert chunk.generation is not None
+            assert (chunk.generation.text, chunk.generation.token_ids) == (text, ids)
+            return text, ids
+
+        whole, alone, stream = await asyncio.gather(
+            engine.generate(Request(prompt=QUESTION, max_new_tokens=12)),
+            engine.generate(Request(prompt=QUESTION, max_new_tokens=12, fuse=False)),
+            streamed(),
+        )
+        assert whole.token_ids == pipe.generate(QUESTION, max_new_tokens=12).token_ids
+        assert alone.token_ids == pipe.generate(QUESTION, max_new_tokens=12, fuse=False).token_ids
+        expected = pipe.generate(QUESTION, max_new_tokens=12, temperature=0.9, top_k=20, seed=4)
+        assert stream == (expected.text, expected.token_ids)
+        assert whole.timings.ttft >= whole.timings.queued >= 0
+
+    run(scenario)
+
+
+def test_leaving_a_stream_frees_its_slot(run: Callable[..., AsyncC2CEngine]):
+    async def scenario(engine: AsyncC2CEngine) -> None:
+        chunks = engine.stream(ENDLESS)
+        await anext(chunks)
+        assert engine.num_active == 1
+        await chunks.aclose()
+        await until(lambda: engine.num_active == 0)
+
+    run(scenario)
+
+
+def test_a_cancelled_task_frees_its_slot_whenever_it_is_cancelled(run: Callable[..., AsyncC2CEngine]):
+    async def scenario(engine: AsyncC2CEngine) -> None:
+        cancelled = 0
+        for delay in (0, 0, 0.0005, 0.002, 0.01, 0.03):
+            task = asyncio.create_task(engine.generate(ENDLESS))
+            await asyncio.sleep(delay)
+            if task.cancel():  # it may have its answer by now
+                cancelled += 1
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            await until(lambda: not engine._scheduler.has_requests)
+        assert cancelled >= 3
+
+    run(scenario)
+
+
+def test_an_aborted_request_ends_with_an_error_wherever_it_is(run: Callable[..., AsyncC2CEngine]):
+    async def scenario(engine: AsyncC2CEngine) -> None:
+        requests = [Request(prompt=QUESTION, ignore_eos=True) for _ in range(3)]
+        tasks = [asyncio.create_task(engine.generate(request)) for request in requests]
+        await until(lambda: engine.num_active == 2 and engine.num_waiting == 1)
+        assert all(engine.abort(request.request_id) for request in requests)
+        for task in tasks:
+            with pytest.raises(AbortedError):
+                await task
+        assert not engine.abort(requests[0].request_id)
+
+    run(scenario)
+
+
+def test_errors_of_submission_come_at_once(run: Callable[..., AsyncC2CEngine]):
+    async def scenario(engine: AsyncC2CEngine) -> None:
+        with pytest.raises(UsageError, match="sharer 9"):
+            await engine.generate(Request(prompt=QUESTION, sharers=[9]))
+        tasks = [asyncio.create_task(engine.generate(Request(prompt=QUESTION, ignore_eos=True))) for _ in range(2)]
+        await until(lambda: engine.num_active == 2)
+        tasks.append(asyncio.create_task(engine.generate(Request(prompt=QUESTION, ignore_eos=True))))
+        await until(lambda: engine.num_waiting == 1)
+        with pytest.raises(QueueFullError):
+            await engine.generate(ENDLESS)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    run(scenario, max_waiting=1)
+
+
+def test_closing_finishes_what_runs_and_takes_nothing_more(run: Callable[..., AsyncC2CEngine]):
+    async def scenario(engine: AsyncC2CEngine) -> None:
+        tasks = [
+            asyncio.create_task(engine.generate(Request(prompt=QUESTION, max_new_tokens=20, ignore_eos=True)))
+            for _ in range(4)
+        ]
+        await until(lambda: engine.num_active == 2 and engine.num_waiting == 2)
+        closing = asyncio.create_task(engine.close())
+        await until(lambda: not engine.ready)
+        with pytest.raises(ClosedError, match="closing"):
+            await engine.generate(ENDLESS)
+        await closing
+        assert [len((await task).token_ids) for task in tasks] == [20] * 4
+
+    run(scenario)
+
+
+def test_closing_returns_what_is_not_done_in_time(run: Callable[..., AsyncC2CEngine]):
+    async def scenario(engine: AsyncC2CEngine) -> None:
+        tasks = [asyncio.create_task(engine.generate(Request(prompt=QUESTION, ignore_eos=True))) for _ in range(3)]
+        await until(lambda: engine.num_active == 2)
+        await engine.close(drain_seconds=0.0)
+        for task in tasks:
+            with pytest.raises(ClosedError, match="closed before"):
+                await task
+
+    run(scenario)
+
+
+def test_a_scheduler_that_breaks_ends_every_request_and_takes_none(
+    run: Callable[..., AsyncC2CEngine], monkeypatch: pytest.MonkeyPatch
+):
+    async def scenario(engine: AsyncC2CEngine) -> None:
+        tasks = [asyncio.create_task(engine.generate(Request(prompt=QUESTION, ignore_eos=True))) for _ in range(3)]
+        await until(lambda: engine.num_active == 2)
+
+        def break_down() -> bool:
+            raise RuntimeError("a fault of ours")
+
+        monkeypatch.setattr(engine._scheduler, "_decode", break_down)
+        for task in tasks:
+            with pytest.raises(C2CError, match="a fault of ours"):
+                await task
+        assert not engine.ready
+        with pytest.raises(C2CError, match="a fault of ours"):
+            await engine.generate(ENDLESS)
+
+    run(scenario)
+
+
+def test_text_and_tokens_are_the_receivers(
+    run: Callable[..., AsyncC2CEngine], recorded_pipeline: Callable[[str], C2CPipeline]
+):
+    async def scenario(engine: AsyncC2CEngine) -> None:
+        ids = engine.tokenize("Hello there")
+        assert ids == recorded_pipeline(NAME).receiver_tokenizer.encode("Hello there").ids
+        assert "".join(engine.token_text(token) for token in ids).strip() == "Hello there"
+        wanted = engine.sharer_tokens(Request(prompt=QUESTION))
+        assert list(wanted) == [0]
+        assert len(wanted[0].ids) <= len(engine.plan(Request(prompt=QUESTION)).sharers[0].ids)
+
+    run(scenario)
