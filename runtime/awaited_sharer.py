@@ -1,4 +1,4 @@
-"""A sharer that is computed elsewhere: here are only the caches that its rows are written into, for the fuser to read."""
+"""A sharer that is computed elsewhere: here are only the caches for its rows, which the fuser reads."""
 
 from collections.abc import Mapping
 from typing import NoReturn

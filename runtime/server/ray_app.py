@@ -2,9 +2,9 @@
 
     client ▶ proxy ▶ Ingress (FastAPI, `ReplicatedEngine`) ▶ Pipeline (`AsyncC2CEngine`) ▶ Sharer<k> (`SharerEngine`)
 
-In: `RayArguments`, which Serve makes of a configuration's `args`. Out: an application for `serve run` and `serve deploy`
-(import path `runtime.server.ray_app:build`). In the layout "whole" there is no Sharer<k>: every replica of Pipeline has
-all models. docs/scaling.md says when which layout pays. Needs what the extra `ray` installs.
+In: `RayArguments`, which Serve makes of a configuration's `args`. Out: an application for `serve run` and `serve
+deploy` (import path `runtime.server.ray_app:build`). In the layout "whole" there is no Sharer<k>: every replica of
+Pipeline has all models. docs/scaling.md says when which layout pays. Needs what the extra `ray` installs.
 """
 
 import sys

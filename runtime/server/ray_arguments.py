@@ -1,7 +1,7 @@
 """What the Ray Serve application is told: the bundle, the engine, the layout, and the settings of its HTTP side.
 
-In: the `args` of an application in a Serve configuration, which `runtime.server.ray_config` writes. Out: checked values.
-Not covered: how many replicas there are, and on what, which is Serve's (`deployment_options` in
+In: the `args` of an application in a Serve configuration, which `runtime.server.ray_config` writes. Out: checked
+values. Not covered: how many replicas there are, and on what, which is Serve's (`deployment_options` in
 `runtime.server.ray_config`).
 """
 
@@ -50,8 +50,8 @@ class RayArguments(BaseModel):
     def _replicas_are_alike(self) -> Self:
         if AUTO in (self.engine, self.precision):
             raise UsageError(
-                "engine and precision: auto is not allowed here, as all replicas must run the same engine for an answer "
-                "to be the same whichever gives it; name them"
+                "engine and precision: auto is not allowed here, as all replicas must run the same engine for answers "
+                "to be the same whichever gives them; name them"
             )
         return self
 

@@ -21,7 +21,9 @@ from runtime.kept_rows import SharerRows
 from runtime.prompt import ModelTokens
 from runtime.request import Request
 from runtime.server.logs import log_as_json
+from runtime.server.metrics import ServerMetrics
 from runtime.server.ray_arguments import RayArguments
+from runtime.server.ray_metrics import RayMetricMaker
 from runtime.server.remote_sharers import RemoteSharers
 from runtime.server.replicated_engine import ReplicaFacts
 from runtime.sharer_engine import SharerEngine
@@ -34,6 +36,7 @@ class PipelineReplica:
         """`sharers` are the handles of deployments of `SharerReplica`, in the order of `arguments.sharer_numbers`."""
         _log(arguments)
         self._sharers = RemoteSharers(dict(zip(arguments.sharer_numbers, sharers, strict=True)))
+        self._metrics = ServerMetrics(RayMetricMaker())
         self._engine = AsyncC2CEngine.from_bundle(
             arguments.bundle,
             arguments.engine,
@@ -44,6 +47,7 @@ class PipelineReplica:
             allow_failed=arguments.allow_failed,
             load_sharers=not sharers,
             options=arguments.scheduler,
+            observer=self._metrics,
         )
 
     def facts(self) -> ReplicaFacts:
@@ -63,6 +67,7 @@ class PipelineReplica:
 
     def check_health(self) -> None:
         """Serve calls this now and then, and replaces a replica where it raises."""
+        self._metrics.read_engine(self._engine)
         if not self._engine.ready:
             raise C2CError("the engine failed, or is closing")
 

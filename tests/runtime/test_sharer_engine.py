@@ -1,4 +1,4 @@
-"""A sharer by itself: its rows are the whole pipeline's, bit for bit, and an engine without sharers answers from them."""
+"""A sharer by itself: its rows are those of the pipeline, bit by bit; an engine without sharers answers from them."""
 
 import asyncio
 import pickle
@@ -193,7 +193,7 @@ def test_threads_may_ask_at_once(name: str, recorded_bundle: BundleOf, recorded_
 @one
 def test_what_cannot_be_is_refused_by_name(name: str, recorded_bundle: BundleOf):
     bundle = recorded_bundle(name)
-    with pytest.raises(UsageError, match="sharer 1: .* has 1 sharers, numbered from 0"):
+    with pytest.raises(UsageError, match=r"sharer 1: .* has 1 sharers, numbered from 0"):
         sharer_of(bundle, 1)
     with pytest.raises(UsageError, match="num_threads is 0"):
         SharerEngine.from_bundle(bundle, 0, num_threads=0)
