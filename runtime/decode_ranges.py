@@ -22,18 +22,20 @@ class StepSlot:
 
 
 def decode_ranges(
-    wanted: Mapping[int, StepSlot], spare: Mapping[int, int], capacity: int
+    wanted: Mapping[int, StepSlot], spare: Mapping[int, int], capacity: int, max_slots: int | None = None
 ) -> Iterator[tuple[range, list[StepSlot]]]:
     """Ranges of slots that hold all `wanted` ones, each with what its slots compute.
 
-    `spare` has, for every other slot, the first row that may be written over; `capacity` is no row.
+    `spare` has, for every other slot, the first row that may be written over; `capacity` is no row. An engine that was
+    built for so many requests takes `max_slots` in a call.
     """
     slots = sorted(wanted)
     start = slots[0]
     for slot, following in zip(slots, [*slots[1:], None], strict=True):
         if following is not None:
             between = range(slot + 1, following)
-            if len(between) <= _MAX_GAP and all(spare.get(other, capacity) < capacity for other in between):
+            fits = max_slots is None or following - start < max_slots
+            if fits and len(between) <= _MAX_GAP and all(spare.get(other, capacity) < capacity for other in between):
                 continue
         served = range(start, slot + 1)
         yield served, [wanted.get(other) or StepSlot(0, 0, spare[other]) for other in served]

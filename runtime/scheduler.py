@@ -72,6 +72,9 @@ class Scheduler:
         self.prefix_cache = PrefixCache(pipeline.prefiller, self._options.prefix_cache_bytes)
         self._free_slots = list(pipeline.take_all_slots())
         self.num_slots = len(self._free_slots)
+        build = pipeline.engine_choice.record.build
+        sizes = None if build is None else build.profile_sizes
+        self._max_batch = None if sizes is None else sizes.max_batch
         self._budget = StallBudget(self._options.max_stall)
         self._prefilling: list[ActiveRequest] = []
         self._decoding: list[ActiveRequest] = []
@@ -275,7 +278,7 @@ class Scheduler:
         spare = dict.fromkeys(self._free_slots, 0)
         spare |= {active.slot: _prefill_of(active).num_rows for active in self._prefilling}
         receiver = self._pipeline.receiver
-        for slots, step in decode_ranges(wanted, spare, receiver.capacity):
+        for slots, step in decode_ranges(wanted, spare, receiver.capacity, self._max_batch):
             served = [by_slot[slot] for slot in slots if slot in by_slot]
             try:
                 receiver.run_step(

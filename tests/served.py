@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx2
 import uvicorn
+from fastapi import FastAPI
 from openai import OpenAI
 
 from runtime.async_engine import AsyncC2CEngine
@@ -34,12 +35,20 @@ class Served:
     process: subprocess.Popen[str] | None = None
     lines: list[str] = field(default_factory=list)
     """What the process wrote to stdout so far."""
+    app: FastAPI | None = None
+    server: uvicorn.Server | None = None
 
     def openai(self, api_key: str = "none") -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
 
     def http(self, **options: Any) -> httpx2.Client:
         return httpx2.Client(base_url=self.url, timeout=60, **options)
+
+    def cut_connections(self) -> None:
+        """Break every connection to a server of this process, as when a cable is pulled."""
+        assert self.server is not None
+        for connection in list(self.server.server_state.connections):
+            connection.loop.call_soon_threadsafe(connection.transport.abort)  # type: ignore[union-attr]  # not WebSockets
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -66,7 +75,9 @@ def served_here(engine: AsyncC2CEngine, metrics: ServerMetrics | None = None, **
     thread.start()
     try:
         wait_until(lambda: server.started)
-        yield Served(f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", engine)
+        yield Served(
+            f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", engine, app=app, server=server
+        )
     finally:
         server.should_exit = True
         thread.join()

@@ -13,6 +13,8 @@ BENCH = ROOT / "c2c_export" / "bench"
 CHECK = ROOT / "c2c_export" / "check"
 HARNESS = ROOT / "c2c_export" / "lm_eval"
 HEAVY = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir", "huggingface_hub", "gguf", "safetensors")
+SERVER = ROOT / "runtime" / "server"
+OF_A_SERVER = ("fastapi", "starlette", "uvicorn", "prometheus_client")
 RUNTIME_MAY_IMPORT = {"bundle", "check_record", "errors", "tokenizer", "chat_template", "alignment"}
 ENGINES_MAY_IMPORT = {"bundle", "cache", "errors", "atomic_file"}
 ABOVE_THE_RUNTIME = (["c2c_export", "bench"], ["c2c_export", "check"], ["c2c_export", "lm_eval"])
@@ -82,6 +84,14 @@ def own_imports(path: Path, package: str) -> set[str]:
 def test_runtime_imports_only_engines_and_what_both_sides_share(path: Path):
     assert own_imports(path, "c2c_export") <= RUNTIME_MAY_IMPORT | {"__version__"}
     assert not {name.split(".")[0] for name in imports_of(path)} & set(HEAVY)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in files_of("runtime") if SERVER not in path.parents], ids=lambda path: path.name
+)
+def test_only_the_server_needs_the_libraries_of_one(path: Path):
+    assert not {name.split(".")[0] for name in imports_of(path)} & set(OF_A_SERVER)
+    assert "server" not in own_imports(path, "runtime")
 
 
 @pytest.mark.parametrize("path", files_of("engines"), ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -66,7 +66,8 @@ class StrictModel(BaseModel):
         # Not left to pydantic, which would list every one of a hundred thousand.
         unknown = next((name for name in content if name not in cls.model_fields and name not in cls.unserved), None)
         if unknown is not None:
-            raise PydanticCustomError("unknown", "there is no such field", {"param": unknown})
+            name = unknown.encode("utf-8", "backslashreplace").decode()
+            raise PydanticCustomError("unknown", "there is no such field", {"param": name})
         for name in cls.unserved.keys() & content.keys():
             value = content[name]
             # True is 1, and False 0, to Python's comparison.

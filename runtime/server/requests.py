@@ -78,10 +78,8 @@ def check_length(service: Service, texts: Iterable[str], field: str, num_message
         found, most = f"{length} characters", f"{_CHARACTERS_PER_TOKEN * capacity}"
     else:
         return
-    message = (
-        f"{field}: a prompt of {found} is too long; this bundle, with a capacity of {capacity} tokens, takes {most}"
-    )
-    raise invalid_request(message, field, "context_length_exceeded")
+    what = f"a prompt of {found} is too long; this bundle's capacity is {capacity} tokens, and it takes at most {most}"
+    raise invalid_request(f"{field}: {what}", field, "context_length_exceeded")
 
 
 def _sampling(body: ChatRequest | CompletionRequest, index: int) -> SamplingParams:

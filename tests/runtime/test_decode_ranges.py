@@ -8,12 +8,19 @@ from runtime.decode_ranges import StepSlot, decode_ranges
 CAPACITY = 50
 
 
-@given(st.sets(st.integers(0, 15), min_size=1), st.lists(st.integers(0, CAPACITY), min_size=16, max_size=16))
-def test_every_wanted_slot_is_served_once_and_nothing_else_is_written_over(wanted_slots: set[int], rows: list[int]):
+@given(
+    st.sets(st.integers(0, 15), min_size=1),
+    st.lists(st.integers(0, CAPACITY), min_size=16, max_size=16),
+    st.one_of(st.none(), st.integers(1, 8)),
+)
+def test_every_wanted_slot_is_served_once_and_nothing_else_is_written_over(
+    wanted_slots: set[int], rows: list[int], max_slots: int | None
+):
     wanted = {slot: StepSlot(100 + slot, slot, 7) for slot in wanted_slots}
     spare = {slot: row for slot, row in enumerate(rows) if slot not in wanted}
     served: list[int] = []
-    for slots, step in decode_ranges(wanted, spare, CAPACITY):
+    for slots, step in decode_ranges(wanted, spare, CAPACITY, max_slots):
+        assert max_slots is None or len(slots) <= max_slots
         assert len(step) == len(slots)
         assert slots.start in wanted
         assert slots[-1] in wanted

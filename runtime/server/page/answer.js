@@ -7,7 +7,7 @@ import { Timeline } from "./timeline.js";
 import { phasesOf, phasesSoFar, speed } from "./timings.js";
 
 const SLOW = matchMedia("(prefers-reduced-motion: reduce)");
-const ENDS = { length: ", cut off there", stop: "" };
+const ENDS = { length: ", cut off by the limit", stop: "" };
 
 /** A box for one answer, which is used again when the question is asked again. */
 export class Answer {
@@ -89,8 +89,8 @@ export class Answer {
     this.element.removeAttribute("aria-busy");
   }
 
-  /** No request is under way, one is waited for: the clock stands still. */
-  pause() {
+  /** As `end`, where nothing was measured: the server refused. */
+  dismiss() {
     this.end();
     this.#timeline.show([]);
   }

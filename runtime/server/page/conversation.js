@@ -98,8 +98,10 @@ export class Conversation {
       announce(`${answer.label} answered: ${answer.text}`);
       this.onOutcome(null);
     } catch (error) {
-      answer.end();
+      if (answer.text) answer.end();
+      else answer.dismiss();
       if (signal.aborted) {
+        if (!answer.text) each.failure = "stopped";
         answer.tell(answer.text ? "Stopped by you." : "Stopped by you before it began.");
         announce(`${answer.label}: stopped.`);
       } else {
@@ -130,10 +132,15 @@ export class Conversation {
           answer.add(value.text);
         }
       } catch (error) {
+        if (error.kind === "full" && body.max_tokens) {
+          // Room for a shorter answer may be left.
+          delete body.max_tokens;
+          continue;
+        }
         if (error.kind !== "busy" || tries === BUSY_TRIES) throw error;
-        answer.pause();
+        answer.dismiss();
         this.onOutcome(error);
-        announce(`${answer.label}: ${error.message} It is asked again soon.`);
+        if (tries === 1) announce(`${answer.label}: ${error.message} It will be asked again.`);
         await countDown(error.retryAfter, signal, (left) =>
           answer.tell(`${error.message} Asking again in ${left} s (${tries} of ${BUSY_TRIES - 1}).`),
         );

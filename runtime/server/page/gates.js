@@ -2,8 +2,8 @@
  * The gates of one sharer by receiver layer: a drawing, a sentence and a table that say the same.
  *
  * The drawing has the sharer's layers on top, the receiver's below, a line from each sharer layer to the receiver
- * layer that it feeds, and under it two rows of squares: the K and the V gate. Full is open, hollow is closed, a dot is a
- * layer without a projector.
+ * layer that it feeds, and under it two rows of squares: the K and the V gate. Full is open, hollow is closed, a dot is
+ * a layer without a projector.
  */
 
 import { element, shape } from "./elements.js";
@@ -55,7 +55,7 @@ export function drawGates(sharer, numLayers) {
     "svg",
     {
       class: "gates",
-      viewBox: `0 0 ${LEFT + width + 2} ${HEIGHT}`,
+      viewBox: `0 0 ${Math.max(LEFT + width + 2, WIDTH)} ${HEIGHT}`,
       role: "img",
       "aria-label": `Gates of ${sharer.name}. ${describeGates(sharer)}`,
     },
@@ -71,8 +71,7 @@ export function drawGates(sharer, numLayers) {
 /** @returns {string} how many gates are open, and in which layers they are closed. */
 export function describeGates(sharer) {
   const sentences = ROWS.map(([name, gate]) => {
-    const layers = (isOpen) =>
-      sharer.layers.filter((link) => link[gate] === isOpen).map((link) => link.receiver_layer);
+    const layers = (isOpen) => sharer.layers.filter((link) => link[gate] === isOpen).map((link) => link.receiver_layer);
     const [open, closed] = [layers(true), layers(false)];
     if (!closed.length) return `${name} is open in all ${open.length} fused layers`;
     if (!open.length) return `${name} is closed in all ${closed.length} fused layers`;

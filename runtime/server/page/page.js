@@ -48,20 +48,23 @@ async function load() {
 }
 
 function begin(bundle) {
-  const longest = () => ({ max_tokens: Math.min(Math.max(1, Math.floor(byId("longest").valueAsNumber) || 1), bundle.max_tokens) });
+  const longest = () => ({
+    max_tokens: Math.min(Math.max(1, Math.floor(byId("longest").valueAsNumber) || 1), bundle.max_tokens),
+  });
   const c2c = () => {
     const sharers = sharersInUse();
     const names = sharers.map((number) => bundle.sharers[number].name).join(" and ");
     return { detail: names ? `with ${names}` : "with no sharer", fields: { ...longest(), sharers } };
   };
   const alone = () => ({ detail: bundle.receiver.name, fields: longest() });
-  const sides =
-    bundle.models.receiver === null
-      ? [new Side("receiver", "The model", bundle.models.c2c, alone)]
-      : [
-          new Side("receiver", "Receiver alone", bundle.models.receiver, alone),
-          new Side("c2c", "C2C", bundle.models.c2c, c2c),
-        ];
+  const isAlone = bundle.models.receiver === null;
+  const sides = isAlone
+    ? [new Side("receiver", "The model", bundle.models.c2c, alone)]
+    : [
+        new Side("receiver", "Receiver alone", bundle.models.receiver, alone),
+        new Side("c2c", "C2C", bundle.models.c2c, c2c),
+      ];
+  if (isAlone) showLackOfSharers();
   conversation = new Conversation(byId("conversation"), sides);
   conversation.onRunning = (isRunning) => {
     if (isRunning) byId("empty").hidden = true;
@@ -73,7 +76,16 @@ function begin(bundle) {
   };
 }
 
+/** A bundle of one model has nothing to compare with. */
+function showLackOfSharers() {
+  byId("empty-title").textContent = "One model";
+  byId("empty-text").textContent = "This bundle holds no sharers, so each question has one answer. Decoding is greedy.";
+  byId("question-label").textContent = byId("question").placeholder = "Question";
+  byId("together").hidden = true;
+}
+
 function showBundle(bundle) {
+  byId("panel").hidden = false;
   document.title = `${bundle.bundle} · c2c-export`;
   byId("bundle").textContent = bundle.bundle;
   byId("models").textContent = bundle.sharers.length
@@ -84,10 +96,13 @@ function showBundle(bundle) {
     Capacity: `${bundle.capacity} tokens, prompt and answer together`,
     Slots: `${bundle.num_slots}, so many answers at once`,
   };
-  const entries = Object.entries(facts).map(([name, value]) => element("div", {}, element("dt", {}, name), element("dd", {}, value)));
+  const entries = Object.entries(facts).map(([name, value]) =>
+    element("div", {}, element("dt", {}, name), element("dd", {}, value)),
+  );
   byId("server").replaceChildren(...entries);
   byId("longest").max = bundle.max_tokens;
-  if (byId("longest").valueAsNumber > bundle.max_tokens) byId("longest").value = bundle.max_tokens;
+  // Half of it leaves room for what is asked.
+  if (conversation === null) byId("longest").value = Math.max(1, Math.min(256, Math.floor(bundle.max_tokens / 2)));
   if (!byId("sharers").childElementCount) showSharers(bundle, () => {});
 }
 

@@ -13,6 +13,7 @@ import { readEvents } from "./events.js";
  *   busy         its queue is full: try again after `retryAfter` seconds
  *   draining     it is shutting down
  *   unreachable  nothing answered
+ *   full         the prompt, and the answer asked for, exceed what the models hold
  *   refused      the request was wrong, or took too long
  *   failed       the server failed, or the connection broke
  */
@@ -24,7 +25,7 @@ export class ServerError extends Error {
   }
 }
 
-/** @returns {Promise<object>} GET /v1/c2c: bundle, engine, capacity, receiver, sharers with their gates, model names. */
+/** @returns {Promise<object>} GET /v1/c2c: bundle, engine, capacity, receiver, sharers with gates, model names. */
 export async function describeBundle() {
   return (await ask("v1/c2c")).json();
 }
@@ -55,7 +56,7 @@ export async function* streamChat(body, signal) {
     for await (const data of readEvents(response.body)) {
       if (data === "[DONE]") return end;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new ServerError("failed", sentence(chunk.error.message));
+      if (chunk.error) throw streamedError(chunk.error);
       const choice = chunk.choices[0];
       if (choice?.delta.content) yield { text: choice.delta.content };
       if (choice?.finish_reason) end.finishReason = choice.finish_reason;
@@ -87,7 +88,10 @@ async function ask(path, options = {}) {
 }
 
 async function readError(response) {
-  const said = await saidBy(response);
+  const { message: said, code } = await saidBy(response);
+  if (code === "context_length_exceeded") {
+    return new ServerError("full", "The conversation is longer than the models can hold. Start a new chat.");
+  }
   const retryAfter = Number(response.headers.get("Retry-After")) || null;
   switch (response.status) {
     case 401:
@@ -108,12 +112,21 @@ async function readError(response) {
   return new ServerError("failed", `The server failed: ${sentence(said)}`);
 }
 
+function streamedError({ message, code }) {
+  if (code === "shutting_down")
+    return new ServerError("draining", "The server shut down before the answer was complete.");
+  if (code === "deadline_exceeded")
+    return new ServerError("refused", "The server did not finish within its time limit.");
+  return new ServerError("failed", `The server failed: ${sentence(message)}`);
+}
+
 async function saidBy(response) {
   try {
-    return (await response.json()).error.message;
+    const { message, code } = (await response.json()).error;
+    return { message, code };
   } catch {
     // A proxy in between answers as it likes.
-    return `status ${response.status}`;
+    return { message: `status ${response.status}`, code: null };
   }
 }
 

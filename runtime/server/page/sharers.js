@@ -33,16 +33,15 @@ export function sharersInUse() {
 function note(bundle) {
   document.getElementById("sharers-note").textContent = describeUse(bundle, sharersInUse());
   const [used, all] = [sharersInUse().length, bundle.sharers.length];
-  document.getElementById("panel-title").textContent = all
-    ? `Sharers and gates: ${used} of ${all} in use`
-    : "Server";
+  document.getElementById("panel-title").textContent = all ? `Sharers and gates: ${used} of ${all} in use` : "Server";
 }
 
 function describeUse(bundle, used) {
   if (bundle.sharers.length === 0) return "This bundle holds one model, without sharers.";
   if (used.length === 0) return "None is in use, so C2C answers as the receiver alone does.";
   if (bundle.sharers.length === 1) return "It reads each prompt of C2C, and its cache is fused through the open gates.";
-  const order = bundle.fusion_mode === "parallel" ? "each into the unfused cache" : "each into what the one before fused";
+  const order =
+    bundle.fusion_mode === "parallel" ? "each into the unfused cache" : "each into what the one before fused";
   return `They read each prompt of C2C, and their caches are fused through the open gates, ${order}.`;
 }
 
@@ -57,8 +56,17 @@ function card(sharer, numLayers) {
       "figure",
       {},
       drawGates(sharer, numLayers),
-      element("figcaption", {}, `${describeGates(sharer)} Lines lead from its ${sharer.num_layers} layers to the receiver’s.`),
+      element(
+        "figcaption",
+        {},
+        `${describeGates(sharer)} Lines lead from its ${sharer.num_layers} layers to the receiver’s.`,
+      ),
     ),
-    element("details", {}, element("summary", {}, "Gates as a table"), element("div", { class: "scroll" }, tabulateGates(sharer))),
+    element(
+      "details",
+      {},
+      element("summary", {}, "Gates as a table"),
+      element("div", { class: "scroll" }, tabulateGates(sharer)),
+    ),
   );
 }

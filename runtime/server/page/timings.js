@@ -8,9 +8,15 @@
  */
 
 const NOTICED = 0.0005;
+/** Of the time to the first token: less than this is in any answer, and says nothing. */
+const OTHER_SHARE = 0.1;
 
 /**
- * @param {object} timings of the last chunk: queued, sharer_prefill, receiver_prefill, fuse, ttft (without queued), decode
+ * The rest of the time to the first token is planning, choosing the token, and the turns of other requests; those lie
+ * between the phases, and are put behind them.
+ *
+ * @param {object} timings of the last chunk: queued, sharer_prefill, receiver_prefill, fuse, ttft (queued is not in it)
+ *   and decode
  * @param {number} numTokens that were generated
  * @param {number} numSharers that read the prompt
  * @returns {Phase[]} what took time, in order
@@ -28,6 +34,8 @@ export function phasesOf(timings, numTokens, numSharers) {
     span("Receiver", "receiver", receiverFrom, receiverFrom + receiver),
     span("Fuse", "fuse", fuseFrom, fuseFrom + fuse),
   ].filter((each) => each.to - each.from >= NOTICED);
+  const other = span("Other work", "other", fuseFrom + fuse, first);
+  if (other.to - other.from >= OTHER_SHARE * first) spans.push(other);
   spans.push({ name: "First token", kind: "first", from: first, to: first, text: seconds(first) });
   if (numTokens > 1) spans.push(span("Decode", "decode", first, first + decode));
   return spans;

@@ -104,9 +104,9 @@ def test_an_idle_server_ends_at_once(number: int, bundle: Path):
 def test_told_to_end_under_load_it_finishes_what_runs_and_refuses_the_rest(
     bundle: Path, recorded_pipeline: Callable[[str], C2CPipeline]
 ):
-    num_requests = 12
+    num_requests = 20
     with (
-        served_process(bundle, "--allow-unchecked", "--slots", 2, "--drain", 60) as served,
+        served_process(bundle, "--allow-unchecked", "--slots", 1, "--drain", 60) as served,
         ThreadPoolExecutor(num_requests) as threads,
         served.http() as client,
     ):
@@ -121,7 +121,7 @@ def test_told_to_end_under_load_it_finishes_what_runs_and_refuses_the_rest(
                 return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
 
         asked = [threads.submit(ask, number) for number in range(num_requests)]
-        wait_until(lambda: served.metric("c2c_queue_length") == num_requests - 2)
+        wait_until(lambda: served.metric("c2c_queue_length") >= num_requests / 2)
         assert served.process is not None
         served.process.send_signal(signal.SIGTERM)
         wait_until(lambda: client.get("/ready").status_code == 503)

@@ -136,7 +136,7 @@ BODIES: list[tuple[bytes, str]] = [
     (b"[" * 100_000, "the body cannot be read"),
     (b'{"seed": ' + b"9" * 5000 + b"}", "the body cannot be read"),
     (b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}', "not valid Unicode"),
-    (b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "\\ud800": 1}', "unicode"),
+    (b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "\\ud800": 1}', "there is no such field"),
     (b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "temperature: nan"),
     (b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "deadline": Infinity}', "deadline: inf"),
 ]
@@ -162,10 +162,14 @@ def test_an_unknown_model_is_not_found(server: Served):
 
 
 def test_an_overlong_prompt_is_refused_by_its_length(server: Served):
-    body = CHAT | {"messages": [{"role": "user", "content": "word " * 2000}]}
-    error = refused(post(server, CHATS, body), 400)
-    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
-    assert "this bundle's capacity is 256" in error["message"]
+    for messages in ([{"role": "user", "content": "word " * 300}], [{"role": "user", "content": "word " * 3000}]):
+        body = CHAT | {"messages": messages}
+        error = refused(post(server, CHATS, body), 400)
+        assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+        assert "this bundle's capacity is 256" in error["message"]
+    assert post(server, CHATS, CHAT | {"messages": MESSAGES * 257}).json()["error"]["code"] == "context_length_exceeded"
+    error = refused(post(server, COMPLETIONS, COMPLETION | {"prompt": "x" * 10_000}), 400)
+    assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
     error = refused(post(server, COMPLETIONS, COMPLETION | {"prompt": [5] * 300}), 400)
     assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
     error = refused(post(server, COMPLETIONS, COMPLETION | {"prompt": [5] * 250, "max_tokens": 100}), 400)

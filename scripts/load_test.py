@@ -1,0 +1,263 @@
+"""Load a server with many clients at once, compare every answer with its own, and look for what is left behind.
+
+    python scripts/load_test.py BUNDLE [--precision fp32] [--requests 200] [--at-once 16] [--rounds 1] [--json FILE]
+
+In: a bundle whose receiver chats. Every answer is generated alone first, by `C2CPipeline` in this process; then
+`c2c-export serve` runs in a process of its own, and OpenAI's client sends the requests: prompts of mixed length, with
+and without sharers, greedy and sampled, every other one as a stream, every tenth stream left after some tokens. Out: a
+table of what was found; exit status 1 if an answer differed, a request failed, or slots, threads or files were left.
+Memory is that of the server after each round. `--rounds 5` with the defaults sends 1,000 requests.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from openai import AsyncOpenAI
+from rich.console import Console
+from rich.table import Table
+
+from runtime import C2CPipeline
+
+QUESTIONS = (
+    "Which country is the city of Orlando in?",
+    "Which country is the city of Wazirabad in?",
+    "Which word means: measuring instrument for performing pelvimetry?",
+    "What is the capital city of Slovenia?",
+    "Hi",
+    "Tell me a story about a fox and a crow, please, and let it have an end.",
+    "Name what you know of these: " + ", ".join(f"the number {number}" for number in range(60)) + ".",
+)
+SYSTEM = "You are a helpful assistant who answers in few words."
+LEFT_AFTER_TOKENS = 4
+SETTLE_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request and the options of its generation."""
+
+    question: str
+    system: bool
+    fuse: bool
+    max_tokens: int
+    temperature: float
+    seed: int
+
+    @property
+    def messages(self) -> list[dict[str, str]]:
+        """The chat."""
+        turn = {"role": "user", "content": self.question}
+        return [{"role": "system", "content": SYSTEM}, turn] if self.system else [turn]
+
+
+@dataclass
+class Round:
+    """What one round of requests gave."""
+
+    seconds: float = 0.0
+    finished: int = 0
+    left: int = 0
+    different: list[int] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    generated_tokens: int = 0
+    reused_tokens: int = 0
+    resident_mb: float = 0.0
+    threads: int = 0
+    open_files: int = 0
+
+
+def main() -> int:
+    """Run it. Returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--precision", default="fp32")
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--at-once", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    console = Console(stderr=True)
+    rng = random.Random(options.seed)
+    cases = [
+        Case(
+            question=rng.choice(QUESTIONS),
+            system=rng.random() < 0.5,
+            fuse=rng.random() < 0.75,
+            max_tokens=rng.choice((3, 8, 17, 40)),
+            temperature=rng.choice((0.0, 0.0, 0.8)),
+            seed=rng.randrange(4),
+        )
+        for _ in range(options.requests)
+    ]
+    console.print(f"Answering {len(set(cases))} different requests alone …")
+    expected = answer_alone(options.bundle, options.precision, cases)
+    with Server(options.bundle, options.precision, console) as server:
+        rounds = []
+        for number in range(options.rounds):
+            console.print(f"Round {number + 1} of {options.rounds}: {len(cases)} requests, {options.at_once} at once …")
+            rounds.append(asyncio.run(send_all(server, cases, expected, options.at_once)))
+    Console().print(table_of(rounds))
+    if options.json:
+        options.json.write_text(json.dumps([asdict(one) for one in rounds], indent=1), encoding="utf-8")
+    grown = rounds[-1].threads > rounds[0].threads or rounds[-1].open_files > rounds[0].open_files
+    return int(grown or any(one.failed or one.different for one in rounds))
+
+
+def answer_alone(bundle: Path, precision: str, cases: list[Case]) -> dict[Case, str]:
+    """Every different case's text, one at a time."""
+    pipe = C2CPipeline.from_bundle(bundle, precision=precision, num_slots=1, allow_unchecked=True)
+    answers = {}
+    for case in dict.fromkeys(cases):
+        sampling = {"temperature": case.temperature, "seed": case.seed} if case.temperature else {}
+        answers[case] = pipe.generate(case.messages, fuse=case.fuse, max_new_tokens=case.max_tokens, **sampling).text
+    return answers
+
+
+class Server:
+    """`c2c-export serve` in a process of its own, for a `with` block."""
+
+    def __init__(self, bundle: Path, precision: str, console: Console) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self._console = console
+        command = [
+            "serve",
+            bundle,
+            "--precision",
+            precision,
+            "--port",
+            port,
+            "--max-waiting",
+            1000,
+            "--allow-unchecked",
+        ]
+        self._command = [sys.executable, "-m", "c2c_export.cli", *map(str, command)]
+
+    def __enter__(self) -> "Server":
+        self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while True:
+            try:
+                urllib.request.urlopen(f"{self.url}/ready", timeout=5).close()
+            except OSError:
+                if self.process.poll() is not None:
+                    raise SystemExit(f"error: the server ended with status {self.process.returncode}") from None
+                time.sleep(0.2)
+            else:
+                return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.send_signal(signal.SIGTERM)
+        status = self.process.wait(60)
+        self._console.print(f"The server ended with status {status}.")
+
+    def metrics(self) -> dict[str, float]:
+        """Its metrics by name, with labels as they are written."""
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line and line[0] != "#"}
+
+    def held(self) -> tuple[float, int, int]:
+        """Its resident memory in MB, threads, and open files."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
+        values = dict(re.findall(r"^(\w+):\s+(\d+)", status, re.MULTILINE))
+        files = len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
+        return int(values["VmRSS"]) / 1e3, int(values["Threads"]), files
+
+
+async def send_all(server: Server, cases: list[Case], expected: dict[Case, str], at_once: int) -> Round:
+    """Send every case, and wait until the server is idle again."""
+    found, places, before = Round(), asyncio.Semaphore(at_once), server.metrics()
+    async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600) as client:
+        model = (await client.models.list()).data[0].id
+
+        async def send(index: int, case: Case) -> None:
+            async with places:
+                leave = index % 20 == 1
+                try:
+                    text = await ask(client, model, case, stream=index % 2 == 1, leave=leave)
+                except Exception as error:
+                    found.failed.append(f"request {index}: {type(error).__name__}: {error}")
+                    return
+            if text is None:
+                found.left += 1
+            else:
+                found.finished += 1
+                if text != expected[case]:
+                    found.different.append(index)
+
+        started = time.perf_counter()
+        await asyncio.gather(*(send(index, case) for index, case in enumerate(cases)))
+        found.seconds = time.perf_counter() - started
+    deadline = time.monotonic() + SETTLE_SECONDS
+    while (metrics := server.metrics())['c2c_slots{state="free"}'] < 8 or metrics["c2c_queue_length"]:
+        if time.monotonic() > deadline:
+            found.failed.append(f"slots or requests are left over: {metrics}")
+            break
+        await asyncio.sleep(0.1)
+    found.generated_tokens = int(metrics["c2c_generated_tokens_total"] - before["c2c_generated_tokens_total"])
+    found.reused_tokens = int(metrics["c2c_reused_tokens_total"] - before["c2c_reused_tokens_total"])
+    found.resident_mb, found.threads, found.open_files = server.held()
+    return found
+
+
+async def ask(client: AsyncOpenAI, model: str, case: Case, *, stream: bool, leave: bool) -> str | None:
+    """The answer's text; None where the stream was left before its end."""
+    options = {
+        "model": model,
+        "messages": case.messages,
+        "max_tokens": case.max_tokens,
+        "temperature": case.temperature,
+        "seed": case.seed,
+        "extra_body": {"fuse": case.fuse},
+    }
+    if not stream:
+        answer = await client.chat.completions.create(**options)
+        return answer.choices[0].message.content
+    texts: list[str] = []
+    async with await client.chat.completions.create(stream=True, **options) as chunks:
+        async for chunk in chunks:
+            texts += [choice.delta.content or "" for choice in chunk.choices]
+            if leave and len(texts) > LEFT_AFTER_TOKENS:
+                return None
+    return "".join(texts)
+
+
+def table_of(rounds: list[Round]) -> Table:
+    """What was found, a column for each round."""
+    table = Table("", *(f"round {number + 1}" for number in range(len(rounds))))
+    rows = {
+        "seconds": [f"{one.seconds:.1f}" for one in rounds],
+        "finished, as alone": [str(one.finished - len(one.different)) for one in rounds],
+        "finished, different": [str(len(one.different)) for one in rounds],
+        "left by the client": [str(one.left) for one in rounds],
+        "failed": [str(len(one.failed)) for one in rounds],
+        "tokens a second": [f"{one.generated_tokens / one.seconds:.0f}" for one in rounds],
+        "prompt tokens reused": [str(one.reused_tokens) for one in rounds],
+        "server: resident MB": [f"{one.resident_mb:.0f}" for one in rounds],
+        "server: threads": [str(one.threads) for one in rounds],
+        "server: open files": [str(one.open_files) for one in rounds],
+    }
+    for name, values in rows.items():
+        table.add_row(name, *values)
+    for one in rounds:
+        for failure in one.failed[:5]:
+            table.add_row("failure", failure)
+    return table
+
+
+if __name__ == "__main__":
+    sys.exit(main())
