@@ -10,22 +10,23 @@ Pipeline has all models. docs/scaling.md says when which layout pays. Needs what
 import sys
 from typing import Any
 
-from fastapi import FastAPI
-
 from c2c_export.bundle import Bundle
 from c2c_export.errors import C2CError
+
+try:
+    from fastapi import FastAPI
+    from ray import serve
+    from ray.serve.handle import DeploymentHandle
+except ImportError as error:
+    raise C2CError(
+        f"Ray Serve cannot be imported ({error}); install it on every node with: pip install 'c2c-export[ray]'"
+    ) from error
+
 from runtime.server.affinity import SessionIdMiddleware
 from runtime.server.app import create_app
 from runtime.server.logs import log_as_json
 from runtime.server.ray_arguments import RayArguments
 from runtime.server.ray_config import INGRESS, PIPELINE, deployment_options, sharer_deployment
-
-try:
-    from ray import serve
-    from ray.serve.handle import DeploymentHandle
-except ImportError as error:
-    raise C2CError(f"ray is missing ({error}); install it with: pip install 'c2c-export[ray]'") from error
-
 from runtime.server.replicas import PipelineReplica, SharerReplica
 from runtime.server.replicated_engine import ReplicatedEngine
 

@@ -1,5 +1,7 @@
 """`c2c-export serve --ray-config`: a file that Serve's own schema takes, with what the options said, but no secret."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -115,3 +117,10 @@ def test_arguments_that_nobody_knows_are_refused(recorded_bundle: BundleOf):
         RayArguments.model_validate({"bundle": bundle, "settings": {"max_body": 0}})
     with pytest.raises(ValueError, match="max_bodies"):
         RayArguments.model_validate({"bundle": bundle, "settings": {"max_bodies": 5}})
+
+
+def test_a_missing_ray_is_an_error_that_names_the_extra():
+    code = "import sys; sys.modules['ray'] = None; import runtime.server.ray_app"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install 'c2c-export[ray]'" in done.stderr.splitlines()[-1]
