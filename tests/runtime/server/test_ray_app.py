@@ -112,7 +112,7 @@ def free_port() -> int:
         return port
 
 
-def wait_until_all_run(seconds: float = 60) -> None:
+def wait_until_all_run(seconds: float = 120) -> None:
     """Until every deployment of both layouts has as many replicas as it is to have."""
     started = time.monotonic()
     while True:
