@@ -56,11 +56,14 @@ class Served:
 
     def metric(self, name: str, **labels: str) -> float:
         shown = ",".join(f'{key}="{value}"' for key, value in labels.items())
-        sample = f"{name}{{{shown}}} " if labels else f"{name} "
+        return self.metrics()[f"{name}{{{shown}}}" if labels else name]
+
+    def metrics(self) -> dict[str, float]:
+        """All of one moment, by name with labels."""
         with self.http() as client:
-            found = [line for line in client.get("/metrics").text.splitlines() if line.startswith(sample)]
-        assert len(found) == 1, f"{sample}: {found}"
-        return float(found[0].removeprefix(sample))
+            lines = client.get("/metrics").text.splitlines()
+        samples = [line.rsplit(" ", 1) for line in lines if not line.startswith("#")]
+        return {name: float(value) for name, value in samples}
 
 
 @contextmanager

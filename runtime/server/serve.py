@@ -88,11 +88,8 @@ def serve(options: ServeOptions, tell: Callable[[str], None]) -> None:
         # Only now, so that clients that come too early are refused rather than kept waiting.
         with _port_errors(options.host, options.port):
             listener.listen(_BACKLOG)
-        url = _url(listener)
-        tell(f"Serving {engine.bundle.root} at {url}; Ctrl-C ends it")
+        tell(f"Serving {engine.bundle.root} at {_url(listener)}; Ctrl-C ends it")
         log_as_json(sys.stdout, options.log_level, prompts=options.settings.log_prompts)
-        record = engine.engine_choice.record
-        log.info("listening", extra={"fields": {"url": url, "engine": record.target, "precision": record.precision}})
         asyncio.run(_run(app, engine, listener, options.drain))
 
 
@@ -106,6 +103,10 @@ async def _run(app: FastAPI, engine: AsyncC2CEngine, listener: socket.socket, dr
 
     for number in _SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stop)
+    # Whoever reads this may send a signal at once.
+    record = engine.engine_choice.record
+    where = {"url": _url(listener), "engine": record.target, "precision": record.precision}
+    log.info("listening", extra={"fields": where})
     serving = asyncio.create_task(server.serve([listener]))
     failure = asyncio.create_task(_failure_of(engine))
     await _first_of(serving, failure, asyncio.create_task(told.wait()))

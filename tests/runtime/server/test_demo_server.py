@@ -42,9 +42,7 @@ async def ask_all(url: str) -> list[str]:
 
 def test_prompts_asked_at_once_are_answered_as_the_reference_answered_each(demo_bundle: Path):
     metrics = ServerMetrics()
-    engine = AsyncC2CEngine.from_bundle(
-        demo_bundle, num_slots=4, num_threads=1, allow_unchecked=True, observer=metrics
-    )
+    engine = AsyncC2CEngine.from_bundle(demo_bundle, num_slots=4, num_threads=1, allow_unchecked=True, observer=metrics)
     try:
         with served_here(engine, metrics, model_name="demo") as served:
             assert asyncio.run(ask_all(served.url)) == [recorded["text"] for recorded in RECORDED]

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.samples import Sample
 from served import Served, served_here, wait_until
 
 from runtime.async_engine import AsyncC2CEngine
@@ -31,10 +30,6 @@ def fresh(recorded_bundle: Callable[[str], Path]) -> Iterator[Served]:
             yield served
     finally:
         engine.close_and_wait(drain_seconds=0)
-
-
-def samples(text: str) -> list[Sample]:
-    return [sample for family in text_string_to_metric_families(text) for sample in family.samples]
 
 
 def test_metrics_count_what_was_asked_and_answered(fresh: Served):
@@ -81,11 +76,10 @@ def test_gauges_are_those_of_the_moment(fresh: Served):
     with fresh.http() as client, client.stream("POST", CHATS, json=body) as response:
         lines = response.iter_lines()  # kept, as the client leaves when it is closed
         next(lines)
-        text = client.get("/metrics").text
-        found = {sample.labels.get("state", sample.name): sample.value for sample in samples(text)}
-        assert found["decoding"] + found["prefilling"] == 3
-        assert found["free"] == 0
-        assert found["c2c_queue_length"] > 0
+        now = fresh.metrics()
+        assert now['c2c_slots{state="decoding"}'] + now['c2c_slots{state="prefilling"}'] == 3
+        assert now['c2c_slots{state="free"}'] == 0
+        assert now["c2c_queue_length"] > 0
     wait_until(lambda: fresh.metric("c2c_slots", state="free") == 3)
     assert fresh.metric("c2c_queue_length") == 0
 

@@ -126,7 +126,12 @@ def test_told_to_end_under_load_it_finishes_what_runs_and_refuses_the_rest(
                 return "".join(chunk.choices[0].delta.content or "" for chunk in stream)
 
         asked = [threads.submit(ask, number) for number in range(num_requests)]
-        wait_until(lambda: served.metric("c2c_queue_length") >= num_requests / 2)
+
+        def num_taken() -> float:
+            now = served.metrics()
+            return now["c2c_queued_seconds_count"] + now["c2c_queue_length"]
+
+        wait_until(lambda: num_taken() == num_requests)
         assert served.process is not None
         served.process.send_signal(signal.SIGTERM)
         wait_until(lambda: client.get("/ready").status_code == 503)
