@@ -13,6 +13,7 @@ from typing import TextIO
 
 from runtime.sections import UnfusedMessageWarning
 
+_OURS = ("c2c_export", "engines", "runtime")
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -41,7 +42,10 @@ def log_as_json(stream: TextIO, level: str, *, prompts: bool) -> None:
     handler.setFormatter(JsonLines())
     root = logging.getLogger()
     root.handlers = [handler]
-    root.setLevel(level.upper())
+    # What other libraries have to say of ordinary days is not the server's log.
+    root.setLevel(max(logging.WARNING, logging.getLevelNamesMapping()[level.upper()]))
+    for package in _OURS:
+        logging.getLogger(package).setLevel(level.upper())
     # A stream that nobody reads any more is no reason to write tracebacks.
     logging.raiseExceptions = False
 

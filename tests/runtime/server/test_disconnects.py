@@ -44,7 +44,7 @@ def test_leaving_in_the_middle_of_a_stream_frees_the_slots(server: Served, engin
         received = b""
         while b'"content":"' not in received.replace(b'"content":""', b""):
             received += connection.recv(4096)
-        assert engine.num_active == 4
+        wait_until(lambda: engine.num_active == 4)
     check_freed(server, engine, before, 12)
 
 
