@@ -493,6 +493,20 @@ def serve(
     ] = 30,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what was asked and answered.")] = False,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+    ray_config: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            help="Serve nothing, but write a configuration to this YAML file, for `serve run` or `serve deploy` on a "
+            "Ray cluster."
+        ),
+    ] = None,
+    ray_layout: Annotated[
+        str,
+        typer.Option(
+            help="With --ray-config: whole, replicas of the whole pipeline; or disaggregated, sharers with replicas of "
+            "their own."
+        ),
+    ] = "whole",
     allow_unchecked: _AllowUnchecked = False,
     allow_failed: _AllowFailed = False,
 ) -> None:
@@ -501,6 +515,8 @@ def serve(
     Logs are JSON lines on stdout. SIGTERM or Ctrl-C ends it when the running requests are done; a second one at once.
     """
     _require("fastapi", "uvicorn", "prometheus_client", extra="serve")
+    if ray_config is not None:
+        _require("yaml", extra="ray")
     from runtime.scheduler import SchedulerOptions
     from runtime.server.serve import ServeOptions
     from runtime.server.serve import serve as run_server
@@ -531,7 +547,14 @@ def serve(
         drain=drain,
         log_level=log_level,
     )
-    run_server(options, lambda text: _console.print(Text(text), soft_wrap=True))
+    if ray_config is None:
+        run_server(options, lambda text: _console.print(Text(text), soft_wrap=True))
+        return
+    from runtime.server.ray_config import ray_arguments, ray_config_of
+
+    text = ray_config_of(ray_arguments(options, ray_layout), host, port)
+    ray_config.write_text(text, encoding="utf-8")
+    _console.print(Text(f"Wrote {ray_config}; deploy it with: serve run {ray_config}"), soft_wrap=True)
 
 
 @app.command()

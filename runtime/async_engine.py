@@ -64,6 +64,7 @@ class AsyncC2CEngine:
         num_threads: int | None = None,
         allow_unchecked: bool = False,
         allow_failed: bool = False,
+        load_sharers: bool = True,
         options: SchedulerOptions | None = None,
         observer: SchedulerObserver | None = None,
     ) -> Self:
@@ -76,6 +77,7 @@ class AsyncC2CEngine:
             num_threads=num_threads,
             allow_unchecked=allow_unchecked,
             allow_failed=allow_failed,
+            load_sharers=load_sharers,
         )
         return cls(pipeline, options, observer)
 

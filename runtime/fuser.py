@@ -6,6 +6,7 @@ The graph is described in `c2c_export.trace.fuser`.
 import numpy as np
 from numpy.typing import NDArray
 
+from c2c_export.bundle import TensorSpec
 from engines.base import Buffer, Engine, View
 from runtime.cache import KVCachePool
 
@@ -35,6 +36,20 @@ class Fuser:
     def changed(self) -> tuple[str, ...]:
         """The names of the receiver's caches that it changes."""
         return tuple(spec.name for spec in self._engine.outputs)
+
+    @property
+    def sharer_caches(self) -> tuple[TensorSpec, ...]:
+        """The caches of the sharer that it reads, [1,H,C,D] each."""
+        return tuple(
+            spec.model_copy(update={"name": spec.name.removeprefix(_SHARER)})
+            for spec in self._engine.inputs
+            if spec.name.startswith(_SHARER) and spec.name not in self._rows
+        )
+
+    @property
+    def address_alignment(self) -> int:
+        """As `Engine.address_alignment`."""
+        return self._engine.address_alignment
 
     def keep_unfused(self, receiver: KVCachePool, slot: int, rows: range) -> None:
         """Keep the receiver's rows as they are now, before any fuser changes them, if the graph wants them.

@@ -6,38 +6,28 @@ print(pipe.generate("Which country is the city of Porto in?").text)
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
-from c2c_export.bundle import MANIFEST_NAME, Bundle, EngineRecord, ModelRecord
-from c2c_export.errors import BundleError, C2CError, UsageError
-from engines.base import Device, Engine
+from c2c_export.bundle import Bundle, EngineRecord
+from c2c_export.errors import C2CError, UsageError
 from engines.cores import check_threads
-from engines.select import load_engine, new_device, open_engine, wanted_engines
+from engines.select import open_engine, wanted_engines
 from runtime.bundle_planner import BundlePlanner
 from runtime.checked import refuse_failed, warn_of_unchecked
 from runtime.conversation import Prompt, one_prompt
 from runtime.decoder import Decoder
+from runtime.engine_loader import EngineLoader
 from runtime.freed_memory import return_freed_memory
-from runtime.fuser import Fuser
 from runtime.generation import Chunk, Generation
 from runtime.messages import Message
 from runtime.prefill import Prefiller
 from runtime.prompt import Plan
 from runtime.score import Score
 from runtime.session import Session
-
-
-@dataclass(frozen=True)
-class _Engines:
-    """A bundle's engines with their caches, loaded."""
-
-    receiver: Decoder
-    prefiller: Prefiller
 
 
 class C2CPipeline:
@@ -53,6 +43,7 @@ class C2CPipeline:
         *,
         allow_unchecked: bool = False,
         allow_failed: bool = False,
+        load_sharers: bool = True,
     ) -> None:
         """See `from_bundle`."""
         for name, count in (("num_slots", num_slots), ("num_threads", 1 if num_threads is None else num_threads)):
@@ -63,21 +54,21 @@ class C2CPipeline:
         wanted_engines(bundle, engine, precision)  # before the tokenizers are read, which takes seconds
         self.bundle = bundle
 
-        def load(record: EngineRecord) -> _Engines:
+        def load(record: EngineRecord) -> Prefiller:
             if not allow_failed:
                 refuse_failed(bundle, record)
-            return _load_engines(bundle, record, num_slots, num_threads)
+            return EngineLoader(bundle, record, num_slots, num_threads).prefiller(load_sharers=load_sharers)
 
         self._planner = BundlePlanner(bundle)
         self.receiver_tokenizer = self._planner.receiver_tokenizer
         """With its special tokens and the chat template."""
         self.tokenizer: Tokenizer = self.receiver_tokenizer.backend
         return_freed_memory()  # before the engines take their own
-        self.engine_choice, engines = open_engine(bundle, engine, precision, load)
+        self.engine_choice, self.prefiller = open_engine(bundle, engine, precision, load)
         """The engine that runs, and why (`reason`)."""
         if not allow_unchecked:
             warn_of_unchecked(bundle, self.engine_choice.record)
-        self.receiver, self.prefiller = engines.receiver, engines.prefiller
+        self.receiver = self.prefiller.receiver
         self._free_slots = list(range(num_slots))
         self._num_slots = num_slots
 
@@ -92,6 +83,7 @@ class C2CPipeline:
         num_threads: int | None = None,
         allow_unchecked: bool = False,
         allow_failed: bool = False,
+        load_sharers: bool = True,
     ) -> "C2CPipeline":
         """Open the bundle at `path` and load its engine of that name and precision.
 
@@ -104,6 +96,9 @@ class C2CPipeline:
 
         An engine that `c2c-export check` found to fail is refused with a `FailedEngineError` ("auto" takes the next),
         one that it never checked gives an `UncheckedEngineWarning`, unless `allow_failed` or `allow_unchecked` is set.
+
+        `load_sharers=False` loads the receiver and the fusers alone: what a sharer reads is computed elsewhere
+        (`runtime.sharer_engine`) and comes with each request, which only a scheduler takes.
         """
         return cls(
             Bundle.open(path),
@@ -113,6 +108,7 @@ class C2CPipeline:
             num_threads,
             allow_unchecked=allow_unchecked,
             allow_failed=allow_failed,
+            load_sharers=load_sharers,
         )
 
     def prefill(self, prompt: Prompt, *, fuse: bool = True, sharers: Sequence[int] | None = None) -> Session:
@@ -226,44 +222,6 @@ class C2CPipeline:
         """Copies of the first rows of a receiver layer's key and value in a slot, each [Ht, num_rows, Dt]."""
         pool = self.receiver.pool
         return pool.read_rows(f"key.{layer}", slot, 0, num_rows), pool.read_rows(f"value.{layer}", slot, 0, num_rows)
-
-
-def _load_engines(bundle: Bundle, record: EngineRecord, num_slots: int, num_threads: int | None) -> _Engines:
-    """Load every graph of the engine `record` and allocate the caches. Raises `C2CError` when that fails."""
-    manifest = bundle.manifest
-
-    def load(name: str, device: Device) -> Engine:
-        path, weights_folder = bundle.file(record.graphs[name]), bundle.weights_folder(record)
-        return load_engine(record.target, path, device, num_threads, weights_folder)
-
-    def decoder(name: str, model: ModelRecord, device: Device) -> Decoder:
-        engine = load(name, device)
-        _check_vocabulary(bundle, name, model, engine)
-        return Decoder(engine, num_slots, manifest.max_length, model.vocab_size)
-
-    computed = [number for number in range(len(manifest.sharers)) if f"fuser{number}" in record.graphs]
-    # Every model has a queue of its own, so that all prefill at once; a fuser changes the receiver's caches.
-    device = new_device(record.target)
-    receiver = decoder("receiver", manifest.receiver, device)
-    sharers = {
-        number: decoder(f"sharer{number}", manifest.sharers[number].model, new_device(record.target))
-        for number in computed
-    }
-    fusers = {number: Fuser(load(f"fuser{number}", device), manifest.max_length) for number in computed}
-    return _Engines(receiver, Prefiller(receiver, sharers, fusers))
-
-
-def _check_vocabulary(bundle: Bundle, name: str, model: ModelRecord, engine: Engine) -> None:
-    """Raise `BundleError` where the manifest gives a model more ids than its engine has logits.
-
-    An engine without logits, a sharer's, tells nothing of its vocabulary.
-    """
-    for spec in engine.outputs:
-        if spec.name == "logits" and model.vocab_size > int(spec.shape[2]):
-            raise BundleError(
-                f"{bundle.root / MANIFEST_NAME}: field {name}.vocab_size is {model.vocab_size}, expected at most "
-                f"{spec.shape[2]}, the number of its engine's logits; export the bundle again"
-            )
 
 
 def _stream_and_close(session: Session, chunks: Iterator[Chunk]) -> Iterator[Chunk]:

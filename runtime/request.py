@@ -27,6 +27,10 @@ class QueueFullError(C2CError):
         super().__init__(message)
         self.retry_after = retry_after
 
+    def __reduce__(self) -> tuple[type["QueueFullError"], tuple[str, float]]:
+        # An exception is pickled with its message alone.
+        return type(self), (str(self), self.retry_after)
+
 
 class DeadlineError(C2CError):
     """A request's deadline passed before it was done."""

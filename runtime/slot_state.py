@@ -97,7 +97,7 @@ def find_reuse(state: SlotState, target: SlotState, unfused: Collection[FusedRow
     rows are reused with the whole section or not at all. The last row is never reused: its logits are wanted.
     """
     sharer_rows = {
-        number: _common_rows(state.sharers.get(number, NO_TOKENS), tokens) for number, tokens in target.sharers.items()
+        number: common_rows(state.sharers.get(number, NO_TOKENS), tokens) for number, tokens in target.sharers.items()
     }
     same_sharers = state.sharers.keys() == target.sharers.keys()
 
@@ -112,7 +112,7 @@ def find_reuse(state: SlotState, target: SlotState, unfused: Collection[FusedRow
             )
         )
 
-    rows = min(_common_rows(state.receiver, target.receiver), len(target.receiver.ids) - 1)
+    rows = min(common_rows(state.receiver, target.receiver), len(target.receiver.ids) - 1)
     for section in sorted({*state.fused, *target.fused}, key=lambda section: section.start):
         if section.stop <= rows and fused_alike(section):
             continue
@@ -122,7 +122,7 @@ def find_reuse(state: SlotState, target: SlotState, unfused: Collection[FusedRow
     return Reuse(rows, num_sections, sharer_rows)
 
 
-def _common_rows(old: ModelTokens, new: ModelTokens) -> int:
+def common_rows(old: ModelTokens, new: ModelTokens) -> int:
     """How many leading rows hold the same tokens at the same positions."""
     shorter = min(len(old.ids), len(new.ids))
     same = (old.ids[:shorter] == new.ids[:shorter]) & (old.position_ids[:shorter] == new.position_ids[:shorter])

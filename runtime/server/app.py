@@ -47,7 +47,14 @@ def create_app(engine: ServedEngine, settings: ServerSettings, metrics: ServerMe
         system_fingerprint=_fingerprint(engine),
     )
     # Their own pages of documentation load scripts from elsewhere.
-    app = FastAPI(title="c2c-export", version=__version__, description=_DESCRIPTION, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="c2c-export",
+        version=__version__,
+        description=_DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
     app.state.service = service
     keys = [Depends(key_check(settings.api_keys))] if settings.api_keys else []
     for module in (chat, completions, models, bundle_info):

@@ -4,6 +4,9 @@ In: what the scheduler tells as it happens, and the requests that were answered.
 docs/serving.md lists them all.
 """
 
+from dataclasses import dataclass
+from typing import Protocol
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from runtime.generation import Generation
@@ -17,21 +20,42 @@ _REQUEST_BUCKETS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300,
 _OUTCOMES: dict[type[Exception], str] = {AbortedError: "aborted", DeadlineError: "deadline", ClosedError: "closed"}
 
 
+class MetricMaker(Protocol):
+    """Makes metrics that have the methods of prometheus-client's."""
+
+    def counter(self, name: str, what: str, *labels: str) -> Counter:
+        """With `labels` and `inc`."""
+
+    def gauge(self, name: str, what: str, *labels: str) -> Gauge:
+        """With `labels` and `set`."""
+
+    def seconds(self, name: str, what: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        """With `labels` and `observe`."""
+
+
+@dataclass(frozen=True)
+class _PrometheusMaker:
+    registry: CollectorRegistry
+
+    def counter(self, name: str, what: str, *labels: str) -> Counter:
+        return Counter(name, what, labels, registry=self.registry)
+
+    def gauge(self, name: str, what: str, *labels: str) -> Gauge:
+        return Gauge(name, what, labels, registry=self.registry)
+
+    def seconds(self, name: str, what: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"{name}_seconds", what, labels, buckets=buckets, registry=self.registry)
+
+
 class ServerMetrics(SchedulerObserver):
     """The metrics; give it to the engine as its observer, and to `create_app`."""
 
-    def __init__(self) -> None:
+    def __init__(self, maker: MetricMaker | None = None) -> None:
+        """`maker` makes them; None makes those of prometheus-client, in `registry`."""
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-
-        def counter(name: str, what: str, *labels: str) -> Counter:
-            return Counter(name, what, labels, registry=self.registry)
-
-        def gauge(name: str, what: str, *labels: str) -> Gauge:
-            return Gauge(name, what, labels, registry=self.registry)
-
-        def seconds(name: str, what: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(f"{name}_seconds", what, labels, buckets=buckets, registry=self.registry)
+        maker = maker or _PrometheusMaker(self.registry)
+        counter, gauge, seconds = maker.counter, maker.gauge, maker.seconds
 
         self._queue = gauge("c2c_queue_length", "Requests that wait for a slot")
         self._slots = gauge("c2c_slots", "Slots of the engine by state", "state")

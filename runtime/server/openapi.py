@@ -7,11 +7,12 @@ from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from runtime.server.chat_response import ChatChunk
 from runtime.server.completion_response import Completion
-from runtime.server.errors import error_responses
+from runtime.server.errors import ErrorResponse, error_responses
 from runtime.server.served_models import ServedModels
 
 _SCHEMA = "#/components/schemas/{model}"
@@ -29,15 +30,17 @@ def generation_responses(event: type[ChatChunk] | type[Completion]) -> dict[int 
         HTTPStatus.INTERNAL_SERVER_ERROR,
         HTTPStatus.SERVICE_UNAVAILABLE,
     )
-    data = {
-        "type": "string",
-        "contentMediaType": "application/json",
-        "contentSchema": {"$ref": _SCHEMA.format(model=event.__name__)},
-        "description": "The last one is [DONE]; an error that comes after the first event is one, too.",
-    }
+    data = {"type": "string", "anyOf": [_json_of(event), _json_of(ErrorResponse), {"const": "[DONE]"}]}
     events = {"itemSchema": {"type": "object", "properties": {"data": data}, "required": ["data"]}}
     success = {"description": "The answers; with stream, as they come", "content": {"text/event-stream": events}}
     return {HTTPStatus.OK.value: success, **errors}
+
+
+def _json_of(model: type[BaseModel]) -> dict[str, Any]:
+    return {
+        "contentMediaType": "application/json",
+        "contentSchema": {"$ref": _SCHEMA.format(model=model.__name__)},
+    }
 
 
 def complete_document(app: FastAPI, served: ServedModels) -> None:

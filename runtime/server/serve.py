@@ -2,7 +2,8 @@
 
 In: `ServeOptions`. Out: nothing, when a signal ended it and all was answered; `C2CError` where it could not begin. On
 SIGTERM or SIGINT it refuses new requests with 503, finishes those that run within `drain` seconds, and ends the rest
-with an error that says so; a second signal does not wait. Log lines are JSON, on stdout. Not covered: the routes
+with an error that says so; a second signal does not wait. When the engine fails for good, it ends too, with an error,
+so that whoever watches over the process begins it anew. Log lines are JSON, on stdout. Not covered: the routes
 (`runtime.server.app`).
 """
 
@@ -14,6 +15,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -30,6 +32,8 @@ from runtime.server.settings import ServerSettings
 _BACKLOG = 2048
 _LAST_ANSWERS = 5
 """Seconds for what is to be sent when nothing is computed any more."""
+_ENGINE_CHECK = 0.5
+"""Seconds between two looks at whether the engine still works."""
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -93,10 +97,44 @@ def serve(options: ServeOptions, tell: Callable[[str], None]) -> None:
 
 
 async def _run(app: FastAPI, engine: AsyncC2CEngine, listener: socket.socket, drain: float) -> None:
-    # h11 is always there; with others a request might be read in another way on another machine.
-    config = uvicorn.Config(
+    """Serve until a signal comes or the engine fails. Raises `C2CError` in the latter case."""
+    server = _Server(_config(app))
+    told, told_again = asyncio.Event(), asyncio.Event()
+
+    def stop() -> None:
+        (told_again if told.is_set() else told).set()
+
+    for number in _SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    serving = asyncio.create_task(server.serve([listener]))
+    failure = asyncio.create_task(_failure_of(engine))
+    await _first_of(serving, failure, asyncio.create_task(told.wait()))
+    failed = failure.done()
+    begin_closing(app)
+    load = {"active": engine.num_active, "waiting": engine.num_waiting, "drain": drain}
+    log.info("shutting down", extra={"fields": load})
+    closing = asyncio.create_task(engine.close(drain_seconds=drain))
+    await _first_of(closing, asyncio.create_task(told_again.wait()))
+    if not closing.done():
+        await engine.close(drain_seconds=0)
+    await closing
+    server.should_exit = True
+    await serving
+    failure.cancel()
+    log.info("ended")
+    if failed:
+        raise C2CError("the engine failed and cannot go on; the log says where")
+
+
+async def _first_of(*tasks: asyncio.Task[Any]) -> None:
+    """Wait for one of them; `asyncio.run` sees to those that nobody waits for any more."""
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _config(app: FastAPI) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
-        http="h11",
+        http="h11",  # always there; with others a request might be read in another way on another machine
         ws="none",
         lifespan="off",
         log_config=None,
@@ -106,31 +144,12 @@ async def _run(app: FastAPI, engine: AsyncC2CEngine, listener: socket.socket, dr
         proxy_headers=False,
         timeout_graceful_shutdown=_LAST_ANSWERS,
     )
-    server = _Server(config)
-    told, told_again = asyncio.Event(), asyncio.Event()
 
-    def stop() -> None:
-        (told_again if told.is_set() else told).set()
 
-    for number in _SIGNALS:
-        asyncio.get_running_loop().add_signal_handler(number, stop)
-    serving = asyncio.create_task(server.serve([listener]))
-    signalled = asyncio.create_task(told.wait())
-    await asyncio.wait((serving, signalled), return_when=asyncio.FIRST_COMPLETED)
-    begin_closing(app)
-    load = {"active": engine.num_active, "waiting": engine.num_waiting, "drain": drain}
-    log.info("shutting down", extra={"fields": load})
-    closing = asyncio.create_task(engine.close(drain_seconds=drain))
-    hurried = asyncio.create_task(told_again.wait())
-    await asyncio.wait((closing, hurried), return_when=asyncio.FIRST_COMPLETED)
-    if not closing.done():
-        await engine.close(drain_seconds=0)
-    await closing
-    server.should_exit = True
-    await serving
-    for waiting in (signalled, hurried):
-        waiting.cancel()
-    log.info("ended")
+async def _failure_of(engine: AsyncC2CEngine) -> None:
+    """Return when the engine takes no requests any more, although nobody closed it."""
+    while engine.ready:
+        await asyncio.sleep(_ENGINE_CHECK)
 
 
 class _Server(uvicorn.Server):

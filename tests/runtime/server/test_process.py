@@ -1,5 +1,6 @@
 """`c2c-export serve` as a process: how it starts, what it logs, and what its clients see when it is told to end."""
 
+import asyncio
 import json
 import shutil
 import signal
@@ -16,7 +17,11 @@ import pytest
 from command_line import RunCli
 from served import ROOT, Served, refused, served_process, wait_until
 
-from runtime import C2CPipeline
+from runtime import C2CError, C2CPipeline
+from runtime.async_engine import AsyncC2CEngine
+from runtime.server import serve
+from runtime.server.app import create_app
+from runtime.server.settings import ServerSettings
 
 PAIR = "qwen3_from_llama_aligned"
 CHATS = "/v1/chat/completions"
@@ -164,6 +169,22 @@ def test_what_does_not_finish_in_time_ends_with_an_error_that_says_so(how: str, 
         assert refused(whole.result(), 503)["code"] == "shutting_down"
         assert served.process.wait(30) == 0
     assert {line["error"] for line in served.log if line.get("path") == CHATS} == {"shutting_down"}
+
+
+def test_when_the_engine_fails_for_good_the_process_ends_with_an_error(bundle: Path, monkeypatch: pytest.MonkeyPatch):
+    engine = AsyncC2CEngine.from_bundle(bundle, num_slots=1, num_threads=1, allow_unchecked=True)
+
+    def fail() -> bool:
+        raise RuntimeError("the driver is gone")
+
+    monkeypatch.setattr(engine._scheduler, "step", fail)
+    app = create_app(engine, ServerSettings())
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor(1) as threads:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}{CHATS}"
+        asked = threads.submit(httpx2.post, url, json=long(0), timeout=30)
+        with pytest.raises(C2CError, match="the engine failed and cannot go on"):
+            asyncio.run(serve._run(app, engine, listener, drain=30))
+        assert refused(asked.result(), 500)["code"] == "engine_failed"
 
 
 # --- the start ---
