@@ -31,9 +31,12 @@ class RequestQueue:
         """In the order of submission."""
         return iter(tuple(self._waiting))
 
-    def put(self, active: ActiveRequest, retry_after: float) -> None:
-        """Let a request wait. Raises `QueueFullError` with `retry_after`, in seconds, where no more may."""
-        if len(self._waiting) >= self._max_waiting:
+    def put(self, active: ActiveRequest, num_free_slots: int, retry_after: float) -> None:
+        """Let a request wait. Raises `QueueFullError` with `retry_after`, in seconds, where no more may.
+
+        As many as there are free slots are about to be served, and do not count.
+        """
+        if len(self._waiting) >= self._max_waiting + num_free_slots:
             raise QueueFullError(
                 f"{len(self._waiting)} requests wait already, as many as may; try again in some seconds", retry_after
             )

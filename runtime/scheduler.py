@@ -78,7 +78,7 @@ class Scheduler:
         self._budget = StallBudget(self._options.max_stall)
         self._prefilling: list[ActiveRequest] = []
         self._decoding: list[ActiveRequest] = []
-        self._lock = threading.Lock()  # of the two below
+        self._lock = threading.Lock()  # of the free slots and of the two below
         self._queue = RequestQueue(self._options.max_waiting, self._options.aging_seconds)
         self._live: dict[str, ActiveRequest] = {}
         self._seconds_per_request = 1.0
@@ -127,7 +127,8 @@ class Scheduler:
             if request.request_id in self._live:
                 raise UsageError(f"request_id: {request.request_id!r} is in use by another request")
             try:
-                self._queue.put(active, retry_after=max(1.0, self._seconds_per_request * len(self._queue)))
+                retry_after = max(1.0, self._seconds_per_request * len(self._queue))
+                self._queue.put(active, len(self._free_slots), retry_after)
             except QueueFullError:
                 self._observer.refused()
                 raise
@@ -183,11 +184,11 @@ class Scheduler:
         while self._free_slots:
             with self._lock:
                 active, num_waiting = self._queue.take(), len(self._queue)
-            if active is None:
-                break
-            admitted = True
-            # The lowest free slot, so that the slots of a decode step lie together.
-            active.slot, active.started = heapq.heappop(self._free_slots), time.perf_counter()
+                if active is None:
+                    break
+                # The lowest free slot, so that the slots of a decode step lie together.
+                active.slot = heapq.heappop(self._free_slots)
+            admitted, active.started = True, time.perf_counter()
             self._observer.started(active.started - active.submitted, num_waiting)
             try:
                 self._begin(active)
@@ -329,12 +330,12 @@ class Scheduler:
             if self._live.pop(active.request.request_id, None) is None:
                 return False
             self._queue.remove(active)
+            if active.slot >= 0:
+                heapq.heappush(self._free_slots, active.slot)
+                active.slot = -1
         for stage in (self._prefilling, self._decoding):
             if active in stage:
                 stage.remove(active)
-        if active.slot >= 0:
-            heapq.heappush(self._free_slots, active.slot)
-            active.slot = -1
         active.prefill = active.begun_with = None
         return True
 

@@ -29,7 +29,7 @@ def waiting(client: str = "", priority: int = 0, submitted: float = 0.0) -> Acti
 def queue_of(*requests: ActiveRequest, clock: Clock | None = None, aging: float = 10.0) -> RequestQueue:
     queue = RequestQueue(100, aging, clock or Clock())
     for request in requests:
-        queue.put(request, 1.0)
+        queue.put(request, 0, 1.0)
     return queue
 
 
@@ -74,7 +74,7 @@ def test_waiting_raises_a_priority_so_that_none_waits_for_ever():
     queue = queue_of(low, clock=clock)
     for second in range(1, 40):
         clock.now = float(second)
-        queue.put(waiting(priority=2, submitted=clock.now), 1.0)
+        queue.put(waiting(priority=2, submitted=clock.now), 0, 1.0)
         if queue.take() is low:
             break
     assert second == 21  # two levels of ten seconds, and more than the newcomer has
@@ -82,12 +82,15 @@ def test_waiting_raises_a_priority_so_that_none_waits_for_ever():
 
 def test_a_full_queue_says_when_to_come_again():
     queue = RequestQueue(2, 10.0)
-    queue.put(waiting(), 1.0)
-    queue.put(waiting(), 1.0)
+    queue.put(waiting(), 0, 1.0)
+    queue.put(waiting(), 0, 1.0)
     with pytest.raises(QueueFullError, match="2 requests wait") as refused:
-        queue.put(waiting(), 7.5)
+        queue.put(waiting(), 0, 7.5)
     assert refused.value.retry_after == 7.5
     assert len(queue) == 2
+    queue.put(waiting(), 1, 1.0)  # a slot is free: this one hardly waits
+    with pytest.raises(QueueFullError):
+        queue.put(waiting(), 1, 1.0)
 
 
 def test_what_is_removed_is_not_served():

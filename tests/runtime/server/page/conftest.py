@@ -1,8 +1,11 @@
 """Fixtures of the page's tests: a browser, and a server over a pair with two sharers that can be slowed down."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import pytest
 from chat_page import ChatPage
 from chromium import running_chromium, visit
 from playwright.sync_api import Browser
-from served import Served, served_here
+from served import Served, served_here, wait_until
 
 from runtime.async_engine import AsyncC2CEngine
 from runtime.scheduler import SchedulerOptions
@@ -18,6 +21,7 @@ from runtime.server.metrics import ServerMetrics
 
 PAIR = "two_sharers_parallel"
 OpenPage = Callable[..., ChatPage]
+Occupied = Callable[[int], AbstractContextManager[Callable[[], None]]]
 
 
 class PacedMetrics(ServerMetrics):
@@ -28,6 +32,41 @@ class PacedMetrics(ServerMetrics):
     def next_token(self, seconds: float) -> None:
         time.sleep(self.seconds)
         super().next_token(seconds)
+
+
+def occupy(server: Served, stop: threading.Event) -> None:
+    """One streamed request that goes on until `stop` is set."""
+    stream = server.openai().chat.completions.create(
+        model=PAIR,
+        messages=[{"role": "user", "content": "Tell me everything."}],
+        max_tokens=200,
+        temperature=0,
+        stream=True,
+        extra_body={"ignore_eos": True},
+    )
+    for _ in stream:
+        if stop.is_set():
+            stream.close()
+            return
+
+
+@contextmanager
+def occupying(server: Served, num_requests: int) -> Iterator[Callable[[], None]]:
+    """So many requests are under way; calling what is given ends them."""
+    assert server.engine is not None
+    stop = threading.Event()
+    with ThreadPoolExecutor(num_requests) as pool:
+        requests: list[Future[Any]] = []
+        try:
+            for number in range(num_requests):
+                requests.append(pool.submit(occupy, server, stop))
+                # Several at once would be refused while slots are free, as each is in the queue for a moment.
+                wait_until(lambda taken=number + 1: server.engine.num_active + server.engine.num_waiting == taken)
+            yield stop.set
+        finally:
+            stop.set()
+            for request in requests:
+                request.result()
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +110,12 @@ def pace(metrics: PacedMetrics) -> Iterator[Callable[[float], None]]:
 
     yield set_pace
     metrics.seconds = 0.0
+
+
+@pytest.fixture
+def occupied(server: Served) -> Occupied:
+    """Keeps so many requests under way while its context lasts, or until what it gives is called."""
+    return partial(occupying, server)
 
 
 @pytest.fixture

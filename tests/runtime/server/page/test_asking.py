@@ -1,7 +1,9 @@
 """Questions and answers on the page: against a real server, and what its API says for the same request."""
 
 import json
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ pytestmark = pytest.mark.xdist_group("two_sharers_parallel")
 
 MODELS = {"receiver": "two_sharers_parallel-receiver", "c2c": "two_sharers_parallel"}
 LONGEST = 40
+Occupied = Callable[[int], AbstractContextManager[Callable[[], None]]]
 
 
 def api_answer(server: Served, side: str, messages: list[dict[str, str]], longest: int = LONGEST, **extra: Any) -> str:
@@ -162,7 +165,9 @@ def test_a_conversation_that_is_too_long_is_told_in_a_sentence(chat: ChatPage) -
     assert chat.sent_to(MODELS["c2c"])[-1]["messages"] == [user("Name a river.")]
 
 
-def test_timelines_show_the_times_that_the_server_measured(chat: ChatPage) -> None:
+def test_timelines_show_the_times_that_the_server_measured(
+    chat: ChatPage, server: Served, occupied: Occupied, pace: Callable[[float], None]
+) -> None:
     chat.page.evaluate(
         """() => {
             const ask = window.fetch;
@@ -174,7 +179,14 @@ def test_timelines_show_the_times_that_the_server_measured(chat: ChatPage) -> No
             };
         }"""
     )
-    chat.ask("Which country is Dresden in?", LONGEST)
+    # So slow, and so long in the queue, that no phase but the short ones is lost in rounding.
+    pace(0.01)
+    with occupied(2) as release:
+        chat.send("Which country is Dresden in?", LONGEST)
+        wait_until(lambda: server.engine is not None and server.engine.num_waiting == 2)
+        time.sleep(0.2)
+        release()
+        chat.wait_for_answers()
     ends: list[dict[str, Any]] = []
     for stream in chat.page.evaluate("Promise.all(window.streams)"):
         chunks = [json.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
@@ -182,6 +194,7 @@ def test_timelines_show_the_times_that_the_server_measured(chat: ChatPage) -> No
         ends.append({"model": chunks[0]["model"], "usage": chunks[-1]["usage"], **details})
     for side in SIDES:
         (end,) = [each for each in ends if each["model"] == MODELS[side]]
+        assert end["queued"] > 0.2
         shown = chat.phases(side)
         spans = {"Queue": "queued", "Sharers": "sharer_prefill", "Receiver": "receiver_prefill", "Fuse": "fuse"}
         spans["Decode"] = "decode"

@@ -1,10 +1,7 @@
 """What the page says when the server cannot answer: keys, a full queue, shutting down, gone; and how it goes on."""
 
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager
 
 import pytest
 from chat_page import SIDES, ChatPage
@@ -15,44 +12,9 @@ from runtime.server.app import begin_closing
 
 pytestmark = pytest.mark.xdist_group("two_sharers_parallel")
 
-PAIR = "two_sharers_parallel"
 OpenPage = Callable[..., ChatPage]
+Occupied = Callable[[int], AbstractContextManager[Callable[[], None]]]
 KEY = "right-key"
-
-
-def occupy(server: Served, stop: threading.Event) -> None:
-    """One streamed request that goes on until `stop` is set."""
-    stream = server.openai().chat.completions.create(
-        model=PAIR,
-        messages=[{"role": "user", "content": "Tell me everything."}],
-        max_tokens=200,
-        temperature=0,
-        stream=True,
-        extra_body={"ignore_eos": True},
-    )
-    for _ in stream:
-        if stop.is_set():
-            stream.close()
-            return
-
-
-@contextmanager
-def occupied(server: Served, num_requests: int) -> Iterator[Callable[[], None]]:
-    """So many requests are under way; calling what is given ends them."""
-    assert server.engine is not None
-    stop = threading.Event()
-    with ThreadPoolExecutor(num_requests) as pool:
-        requests: list[Future[Any]] = []
-        try:
-            for number in range(num_requests):
-                requests.append(pool.submit(occupy, server, stop))
-                # Several at once would be refused while slots are free, as each is in the queue for a moment.
-                wait_until(lambda taken=number + 1: server.engine.num_active + server.engine.num_waiting == taken)
-            yield stop.set
-        finally:
-            stop.set()
-            for request in requests:
-                request.result()
 
 
 @pytest.fixture(scope="module")
@@ -124,11 +86,11 @@ def test_a_question_that_lacked_a_key_is_asked_again_with_it(open_page: OpenPage
 
 
 def test_a_busy_server_is_asked_again_when_it_said_so(
-    chat: ChatPage, server: Served, pace: Callable[[float], None]
+    chat: ChatPage, occupied: Occupied, pace: Callable[[float], None]
 ) -> None:
     chat.visit.expected_statuses = {429}
     pace(0.02)
-    with occupied(server, 4) as release:
+    with occupied(4) as release:
         chat.send("Name a river.", 5)
         expect(chat.note("c2c")).to_contain_text("The server is busy: more requests wait than its queue holds.")
         expect(chat.note("c2c")).to_contain_text("Asking again in")
@@ -143,11 +105,11 @@ def test_a_busy_server_is_asked_again_when_it_said_so(
 
 
 def test_waiting_for_a_busy_server_can_be_stopped(
-    chat: ChatPage, server: Served, pace: Callable[[float], None]
+    chat: ChatPage, occupied: Occupied, pace: Callable[[float], None]
 ) -> None:
     chat.visit.expected_statuses = {429}
     pace(0.02)
-    with occupied(server, 4):
+    with occupied(4):
         chat.send("Name a river.", 5)
         expect(chat.note("c2c")).to_contain_text("Asking again in")
         num_sent = len(chat.sent)
@@ -158,10 +120,10 @@ def test_waiting_for_a_busy_server_can_be_stopped(
 
 
 def test_a_request_that_waits_in_the_queue_is_withdrawn_by_stopping(
-    chat: ChatPage, server: Served, pace: Callable[[float], None]
+    chat: ChatPage, server: Served, occupied: Occupied, pace: Callable[[float], None]
 ) -> None:
     pace(0.02)
-    with occupied(server, 2):
+    with occupied(2):
         chat.send("Name a river.", 5)
         wait_until(lambda: server.engine is not None and server.engine.num_waiting == 2)
         chat.page.keyboard.press("Escape")
@@ -224,7 +186,7 @@ def test_a_connection_that_breaks_leaves_what_came_and_offers_to_ask_again(
     chat: ChatPage, server: Served, pace: Callable[[float], None]
 ) -> None:
     pace(0.05)
-    chat.send("Tell me everything.", 150)
+    chat.send("Tell me everything.", 60)
     for side in SIDES:
         chat.wait_for_text(side)
     server.cut_connections()
@@ -234,6 +196,12 @@ def test_a_connection_that_breaks_leaves_what_came_and_offers_to_ask_again(
         assert chat.text(side)
     pace(0.0)
     chat.answer("c2c").get_by_role("button", name="Ask again").click()
-    expect(chat.answer("c2c").locator(".facts")).to_contain_text("150 tokens")
+    expect(chat.answer("c2c").locator(".facts")).to_contain_text("60 tokens")
+    chat.wait_for_answers()
+    chat.ask("Name a river.", 5)
+    # What broke is no part of a conversation; what was asked again is, once.
+    said = {body["model"]: [each["content"] for each in body["messages"]] for body in chat.sent[-2:]}
+    assert said["two_sharers_parallel-receiver"] == ["Name a river."]
+    assert said["two_sharers_parallel"] == ["Tell me everything.", chat.text("c2c", turn=0), "Name a river."]
     assert all("Failed to load resource: net::ERR_" in text for text in chat.visit.complaints)
     chat.visit.complaints.clear()
