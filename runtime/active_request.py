@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.generation import Chunk, Generation, Timings, TokenLogprob
-from runtime.kept_rows import KeptRows
 from runtime.logprobs import token_logprob
 from runtime.prefill import Prefill, PrefillTimings
 from runtime.prompt import Plan
@@ -36,9 +35,8 @@ class ActiveRequest:
     slot: int = -1
     started: float = 0.0
     """When it got its slot."""
-    begun_with: KeptRows | None = None
     prefill: Prefill | None = None
-    """While it is prefilled."""
+    """While it is prefilled; None until it is its turn."""
     logits: NDArray[np.float32] | None = None
     """The prompt's, until the first token is chosen."""
     state: SlotState = field(default_factory=SlotState)

@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
 from c2c_export.bundle import Bundle
@@ -25,7 +26,7 @@ from runtime.generation import Chunk, Generation
 from runtime.pipeline import C2CPipeline
 from runtime.prompt import ModelTokens, Plan
 from runtime.request import ClosedError, Request
-from runtime.scheduler import Scheduler, SchedulerOptions
+from runtime.scheduler import Place, Scheduler, SchedulerOptions
 from runtime.scheduler_observer import SchedulerObserver
 
 _log = logging.getLogger(__name__)
@@ -50,6 +51,8 @@ class AsyncC2CEngine:
         self._give_up_at: float | None = None
         self._failure: C2CError | None = None
         self._ended = False
+        # One, so that planning many prompts leaves the processor to those that are served.
+        self._planners = ThreadPoolExecutor(max_workers=1, thread_name_prefix="c2c-planner")
         self._thread = threading.Thread(target=self._serve, name="c2c-scheduler", daemon=True)
         self._thread.start()
 
@@ -109,7 +112,7 @@ class AsyncC2CEngine:
     @property
     def ready(self) -> bool:
         """Whether requests are taken: it is neither closing nor broken."""
-        return not self._closing and self._failure is None
+        return not (self._closing or self._ended) and self._failure is None
 
     def tokenize(self, text: str) -> list[int]:
         """The receiver's ids of plain text, without a chat template; special tokens in it count as such."""
@@ -133,13 +136,19 @@ class AsyncC2CEngine:
         The prompt is planned in the calling thread. Raises `UsageError` for a request that cannot be served,
         `QueueFullError` where no more may wait, `ClosedError` when the engine is closing.
         """
+        self._submit(request, listener, self._reserve(request))
+
+    def _reserve(self, request: Request) -> Place:
         if self._failure is not None:
             raise self._failure
-        if self._closing:
+        if self._closing or self._ended:
             raise ClosedError("the engine is closing and takes no more requests")
+        return self._scheduler.reserve(request)
+
+    def _submit(self, request: Request, listener: Listener, place: Place) -> None:
         for rows in request.sharer_rows.values():
             rows.add_done_callback(lambda _: self._wake.set())
-        self._scheduler.submit(request, listener)
+        self._scheduler.submit(request, listener, place)
         self._wake.set()
         if self._ended:  # between the two
             self._scheduler.end_all(self._failure or ClosedError("the engine closed before the request was begun"))
@@ -170,21 +179,35 @@ class AsyncC2CEngine:
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
-        abandoned = threading.Event()
+        submitted, abandoned = threading.Event(), threading.Event()
+        place = self._reserve(request)
 
         def listen(event: Chunk | Exception) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
         def submit() -> None:
-            self.submit(request, listen)
+            if abandoned.is_set():
+                self._scheduler.give_up(place)
+                return
+            self._submit(request, listen, place)
+            submitted.set()
             if abandoned.is_set():
                 self.abort(request.request_id)
 
         try:
-            await asyncio.to_thread(submit)
+            try:
+                planned = loop.run_in_executor(self._planners, submit)
+            except RuntimeError as error:  # it was shut down since
+                raise ClosedError("the engine closed before the request was begun") from error
+            await planned
         except BaseException:
-            abandoned.set()  # for the thread, which may be submitting still
+            # Whichever of the two comes second sees the other: the thread, or we.
+            abandoned.set()
+            if submitted.is_set():
+                self.abort(request.request_id)
+            else:
+                self._scheduler.give_up(place)  # what never began in the thread never will
             raise
         ended = False
         try:
@@ -203,15 +226,23 @@ class AsyncC2CEngine:
 
         After `drain_seconds`, if given, those that are left end with a `ClosedError`. Closing again waits too.
         """
-        await asyncio.to_thread(self.close_and_wait, drain_seconds)
+        self._begin_closing(drain_seconds)
+        await asyncio.to_thread(self._join)
 
     def close_and_wait(self, drain_seconds: float | None = None) -> None:
-        """As `close`, for callers without an event loop."""
+        """As `close`, for callers without an event loop; not to be called by a listener."""
+        self._begin_closing(drain_seconds)
+        self._join()
+
+    def _join(self) -> None:
+        self._thread.join()
+        self._planners.shutdown(wait=True, cancel_futures=True)
+
+    def _begin_closing(self, drain_seconds: float | None) -> None:
         if drain_seconds is not None:
             self._give_up_at = time.perf_counter() + drain_seconds
         self._closing = True
         self._wake.set()
-        self._thread.join()
 
     async def __aenter__(self) -> Self:
         return self
@@ -228,7 +259,7 @@ class AsyncC2CEngine:
                     self._scheduler.end_all(ClosedError("the engine closed before the request was done"))
                 elif not self._scheduler.step():
                     self._wake.wait(_WAITING_FOR_OTHERS if self._scheduler.has_requests else None)
-        except Exception as error:
+        except BaseException as error:  # a panic of a library's Rust code is no Exception
             _log.exception("the scheduler failed")
             self._failure = C2CError(f"the engine failed: {type(error).__name__}: {reason_of(error)}")
         finally:

@@ -29,8 +29,6 @@ class KVCachePool:
         """
         self.num_slots = num_slots
         self.row_bytes = cache_row_bytes(engine.inputs)
-        """What one row of all caches takes."""
-        self.row_bytes = cache_row_bytes(engine.inputs)
         """What one row of all caches takes in memory."""
         self._buffers: dict[str, Buffer] = {}
         self._in_place: dict[int, Mapping[str, View]] = {}

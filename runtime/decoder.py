@@ -10,6 +10,7 @@ from engines.base import Array, Binding, Buffer, Device, Engine, View
 from runtime.cache import KVCachePool, allocate_slots, view_of_slots
 
 Int64Array = NDArray[np.int64]
+_WIDE = 128
 
 
 class Decoder:
@@ -129,6 +130,17 @@ class Decoder:
         if slots not in self._shared_steps:
             self._shared_steps[slots] = self._bind(slots, 1, self.pool.range_in_place(slots))
         self._engine.run(self._shared_steps[slots])
+
+    @property
+    def has_wide_heads(self) -> bool:
+        """Whether heads are wider than 128; see `runtime.slot_state.ATTENTION_BLOCK`."""
+        sizes = [int(spec.shape[3]) for spec in self._engine.inputs if spec.name.startswith("past_")]
+        return max(sizes, default=0) > _WIDE
+
+    def clear_rows(self, slot: int, num_rows: int) -> None:
+        """Write zeros into the first rows of a slot: even a masked row of NaN makes others NaN in some engines."""
+        first = self.pool.take_rows(self.pool.names, slot, 0, num_rows)
+        self.pool.put_rows(slot, 0, {name: np.zeros_like(rows) for name, rows in first.items()})
 
     def put_rows(self, slot: int, position_ids: Int64Array, start: int, rows: Mapping[str, Array]) -> None:
         """Write rows that were computed before, [H, n, D] for each cache named, into a slot's rows from `start` on.

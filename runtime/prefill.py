@@ -16,13 +16,13 @@ import numpy as np
 
 from c2c_export.errors import C2CError
 from engines.base import Device, Event
-from runtime.cache import KVCachePool
 from runtime.decoder import Decoder, Int64Array
 from runtime.fuser import Fuser
-from runtime.kept_rows import CacheRows, KeptRows, SharerRows
+from runtime.kept_rows import CacheRows, KeptRows, SharerRows, joined
 from runtime.prefill_work import AwaitSharer, FuseSection, Piece, PrefillReceiver, PrefillSharer, PrefillWork
 from runtime.prompt import Plan
-from runtime.slot_state import FusedRows, Reuse, SlotState, find_reuse
+from runtime.row_keeper import RowKeeper
+from runtime.slot_state import FusedRows, Reuse, SlotState, Wide, find_reuse
 
 _Span = tuple[Event, Event]
 
@@ -44,6 +44,11 @@ class Prefiller:
         self.receiver = receiver
         self.sharers = sharers
         self.fusers = fusers
+        self.wide = Wide(
+            receiver.has_wide_heads,
+            frozenset(number for number, sharer in sharers.items() if sharer.has_wide_heads),
+        )
+        """Which models' rows depend on the blocks that they are computed in."""
 
     def target(self, plan: Plan) -> SlotState:
         """The rows that `plan` wants."""
@@ -58,7 +63,8 @@ class Prefiller:
         prefill = Prefill(self, slot, plan, find_reuse(state, target))
         while not prefill.done:
             prefill.advance()
-        state.receiver, state.sharers, state.fused = target.receiver, target.sharers, target.fused
+        state.receiver, state.sharers = target.receiver, target.sharers
+        state.fused, state.closing = target.fused, target.closing
         return prefill
 
 
@@ -75,13 +81,14 @@ class Prefill:
         plan: Plan,
         reuse: Reuse,
         *,
-        keep_unfused: bool = False,
+        begun_with: KeptRows | None = None,
+        keep_rows: bool = False,
         sharer_rows: Mapping[int, "Future[SharerRows]"] | None = None,
     ) -> None:
-        """The slot's rows are those that `reuse` says.
+        """The slot's rows are those that `reuse` says, or are made so from what was kept, `begun_with`.
 
-        With `keep_unfused` the rows of each section are copied before they are fused, for `kept_rows`. `sharer_rows`
-        are rows that are computed elsewhere; those of sharers that compute nothing here are ignored.
+        With `keep_rows` the rows of each section are copied before they are fused, for `row_keeper`. `sharer_rows` are
+        rows that are computed elsewhere; those of sharers that compute nothing here are ignored.
         """
         self._prefiller, self._slot, self._plan = prefiller, slot, plan
         self._target = prefiller.target(plan)
@@ -91,20 +98,22 @@ class Prefill:
             if reuse.sharer_rows.get(number, 0) < len(self._target.sharers.get(number, plan.receiver).ids)
             and number in self._target.sharers
         }
-        self._work = PrefillWork(
-            self._target, reuse, closing_padding=plan.closing_padding_id is not None, awaited=self._awaited
-        )
-        self.keeps_unfused = keep_unfused
-        """Whether `kept_rows` may be asked."""
-        self._unfused: dict[FusedRows, CacheRows] = {}
+        self._work = PrefillWork(self._target, reuse, awaited=self._awaited, wide=prefiller.wide)
+        self._keeps_rows = keep_rows
+        self._begun_with = begun_with
+        self._unfused: dict[FusedRows, list[CacheRows]] = {}
+        self._last_span: _Span | None = None
         self._sharer_spans: list[_Span] = []
         self._receiver_spans: list[_Span] = []
         self._fuse_spans: list[_Span] = []
         self._unfinished: list[Event] = []
+        self._incomplete = False
         self.num_reused_rows = reuse.num_rows
         """The receiver's rows that were there already."""
         self.num_rows = reuse.num_rows
         """The receiver's rows that are there by now; those beyond may be written over meanwhile."""
+        if begun_with is not None:
+            self._restore(begun_with, reuse)
 
     @property
     def done(self) -> bool:
@@ -118,7 +127,7 @@ class Prefill:
 
     def gives_logits(self, piece: Piece) -> bool:
         """Whether a piece that was just run left the prompt's logits in the receiver."""
-        num_rows = self._target.num_rows + (self._plan.closing_padding_id is not None)
+        num_rows = self._target.num_rows + self._target.closing
         return isinstance(piece, PrefillReceiver) and piece.stop == num_rows
 
     @property
@@ -147,16 +156,16 @@ class Prefill:
             case PrefillSharer():
                 self._prefill_sharer(piece)
             case PrefillReceiver():
-                with _timed(self._prefiller.receiver.device, self._receiver_spans):
+                with self._timed(self._prefiller.receiver.device, self._receiver_spans):
                     self._prefill_receiver(piece)
                 self.num_rows = max(self.num_rows, piece.stop)
             case FuseSection():
                 device = self._prefiller.receiver.device
                 while self._unfinished:
                     device.wait(self._unfinished.pop())
-                if self.keeps_unfused and piece.start == piece.section.start:
-                    self._unfused[piece.section] = self._read_unfused(piece.section)
-                with _timed(device, self._fuse_spans):
+                if self._keeps_rows:
+                    self._unfused.setdefault(piece.section, []).append(self._read_unfused(piece))
+                with self._timed(device, self._fuse_spans):
                     self._fuse(range(piece.start, piece.stop))
         return piece
 
@@ -165,29 +174,53 @@ class Prefill:
         spans = (self._sharer_spans, self._receiver_spans, self._fuse_spans)
         return PrefillTimings(*(sum(stop.seconds_since(start) for start, stop in phase) for phase in spans))
 
-    def kept_rows(self, before: KeptRows | None) -> KeptRows:
-        """Copies of all rows, to be put into another slot; to be asked when done, before anything is generated.
+    def seconds_of_last_piece(self) -> float:
+        """What the device spent on the last piece; waits for it."""
+        if self._last_span is None:
+            return 0.0
+        start, stop = self._last_span
+        return stop.seconds_since(start)
 
-        `before` is what the slot was begun with: it has the unfused rows of the sections that were not fused again.
+    def row_keeper(self) -> RowKeeper | None:
+        """What copies the slot's rows out of it, once it holds what the plan wants; None if they are not to be kept.
+
+        Rows that were handed over are not kept where they lack caches that a further prompt of the sharer needs.
         """
-        target = self._target
-        unfused = {**(before.unfused if before is not None else {}), **self._unfused}
-        return KeptRows(
-            state=target,
-            receiver=take_all_rows(self._prefiller.receiver.pool, self._slot, target.num_rows),
-            unfused={section: rows for section, rows in unfused.items() if section in target.fused},
-            sharers={
-                number: take_all_rows(self._prefiller.sharers[number].pool, self._slot, len(tokens.ids))
-                for number, tokens in target.sharers.items()
-            },
-        )
+        if not self._keeps_rows or self._incomplete:
+            return None
+        unfused = dict(self._begun_with.unfused) if self._begun_with is not None else {}
+        unfused |= {section: joined(parts) for section, parts in self._unfused.items()}
+        pools = {number: self._prefiller.sharers[number].pool for number in self._target.sharers}
+        return RowKeeper(self._slot, self._target, self._prefiller.receiver.pool, pools, unfused)
+
+    def _restore(self, kept: KeptRows, reuse: Reuse) -> None:
+        receiver, tokens = self._prefiller.receiver, kept.state.receiver
+        rows = {name: cache[:, : reuse.num_rows] for name, cache in kept.receiver.items()}
+        receiver.put_rows(self._slot, tokens.position_ids[: reuse.num_rows], 0, rows)
+        final = kept.state.fused[: reuse.num_sections]
+        for section, rows_by_name in kept.unfused.items():
+            stop = min(section.stop, reuse.num_rows)
+            if section not in final and section.start < stop:
+                part = {name: cache[:, : stop - section.start] for name, cache in rows_by_name.items()}
+                receiver.put_rows(self._slot, tokens.position_ids[section.start : stop], section.start, part)
+        for number, num_rows in reuse.sharer_rows.items():
+            if num_rows:
+                part = {name: cache[:, :num_rows] for name, cache in kept.sharers[number].items()}
+                self._put_sharer_rows(number, kept.state.sharers[number].position_ids[:num_rows], part)
+
+    def _put_sharer_rows(self, number: int, position_ids: Int64Array, rows: CacheRows) -> None:
+        sharer = self._prefiller.sharers[number]
+        # An interrupted prefill may have left a fuser that still reads the rows that are written now.
+        sharer.device.wait(self._prefiller.receiver.device.record())
+        sharer.put_rows(self._slot, position_ids, 0, rows)
+        self._unfinished.append(sharer.device.record())
 
     def _prefill_sharer(self, piece: PrefillSharer) -> None:
         sharer, tokens = self._prefiller.sharers[piece.number], self._target.sharers[piece.number]
         # An interrupted prefill may have left a fuser that still reads the rows that are written now.
         sharer.device.wait(self._prefiller.receiver.device.record())
         rows = slice(piece.start, piece.stop)
-        with _timed(sharer.device, self._sharer_spans):
+        with self._timed(sharer.device, self._sharer_spans):
             sharer.run(self._slot, tokens.ids[rows], tokens.position_ids[rows], piece.start)
         self._unfinished.append(sharer.device.record())
 
@@ -200,11 +233,9 @@ class Prefill:
             or not np.array_equal(rows.tokens.position_ids[:num_rows], tokens.position_ids)
         ):
             raise C2CError(f"the rows handed over for sharer {number} are not those of this prompt")
-        sharer.device.wait(self._prefiller.receiver.device.record())
-        sharer.put_rows(
-            self._slot, tokens.position_ids, 0, {name: cache[:, :num_rows] for name, cache in rows.rows.items()}
-        )
-        self._unfinished.append(sharer.device.record())
+        read = {name: cache[:, :num_rows] for name, cache in rows.rows.items()}
+        self._incomplete |= read.keys() != set(sharer.pool.names)
+        self._put_sharer_rows(number, tokens.position_ids, read)
 
     def _prefill_receiver(self, piece: PrefillReceiver) -> None:
         tokens, plan = self._target.receiver, self._plan
@@ -227,18 +258,13 @@ class Prefill:
             sharer_pool = self._prefiller.sharers[number].pool
             self._prefiller.fusers[number].run(pool, sharer_pool, self._slot, rows, sharer_rows)
 
-    def _read_unfused(self, section: FusedRows) -> CacheRows:
+    def _read_unfused(self, piece: FuseSection) -> CacheRows:
         changed = {name for number in self._target.sharers for name in self._prefiller.fusers[number].changed}
-        return self._prefiller.receiver.pool.take_rows(sorted(changed), self._slot, section.start, section.stop)
+        return self._prefiller.receiver.pool.take_rows(sorted(changed), self._slot, piece.start, piece.stop)
 
-
-@contextlib.contextmanager
-def _timed(device: Device, spans: list[_Span]) -> Iterator[None]:
-    start = device.record()
-    yield
-    spans.append((start, device.record()))
-
-
-def take_all_rows(pool: KVCachePool, slot: int, num_rows: int) -> CacheRows:
-    """Copies of the first rows of all caches of a slot."""
-    return pool.take_rows(pool.names, slot, 0, num_rows)
+    @contextlib.contextmanager
+    def _timed(self, device: Device, spans: list[_Span]) -> Iterator[None]:
+        start = device.record()
+        yield
+        self._last_span = (start, device.record())
+        spans.append(self._last_span)

@@ -4,20 +4,26 @@ Sharers are prefilled up to the last fused token: their rows never change. The r
 each fused section, whose rows are then fused before the next section attends to them (arXiv 2510.03215; the order is
 the reference's).
 
-Results do not depend on where a run of tokens is cut, but for one thing: engines compute a single token by another path
-than several, which rounds otherwise. So no cut leaves a single token of a longer run; and no call of a decoder has one
-token more than a multiple of 16, as ONNX Runtime's attention takes tokens by blocks (of twice the head size, which is a
-multiple of 8) and a block of one by that path too. That holds for `GroupQueryAttention`; where a model's heads keep the
-portable `Attention` (`engines.ort`), sums over a row depend on the number of rows in use, by float32's rounding.
+Results do not depend on where a run of tokens is cut, but for what ONNX Runtime's `GroupQueryAttention` does:
+
+- A call of a single token takes another path than several, which rounds otherwise. So no cut leaves a single token of a
+  longer run.
+- Tokens are taken by blocks (of twice the head size, which is a multiple of 8), and a block of one by that path too. So
+  no call of a decoder has one token more than a multiple of 16.
+- Where heads are wider than 128, sums are cut by the number of rows in the last block (`ATTENTION_BLOCK`). So such a
+  sharer is cut between blocks, and such a receiver not at all, whatever a scheduler would like.
+
+Models whose heads are no multiple of 8 keep the portable `Attention` (`engines.ort`): there sums over a row depend on
+the number of rows in use, by float32's rounding.
 """
 
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from runtime.slot_state import FusedRows, Reuse, SlotState
+from runtime.slot_state import ATTENTION_BLOCK, FusedRows, Reuse, SlotState, Wide
 
-_ATTENTION_BLOCK = 16
+_SMALLEST_BLOCK = 16
 
 
 @dataclass(frozen=True)
@@ -62,16 +68,19 @@ Piece = PrefillSharer | AwaitSharer | PrefillReceiver | FuseSection
 class PrefillWork:
     """What is left to do for a slot to hold a target's rows."""
 
-    def __init__(self, target: SlotState, reuse: Reuse, *, closing_padding: bool, awaited: Iterable[int] = ()) -> None:
-        """The work that `reuse` leaves; `awaited` are the sharers whose rows come from elsewhere.
-
-        With `closing_padding` the prompt ends in one more row, of padding.
-        """
+    def __init__(
+        self, target: SlotState, reuse: Reuse, *, awaited: Iterable[int] = (), wide: Wide | None = None
+    ) -> None:
+        """The work that `reuse` leaves; `awaited` are the sharers whose rows come from elsewhere."""
+        self._wide = wide or Wide()
         self._pieces: deque[Piece] = deque()
         awaited = set(awaited)
         for number, tokens in target.sharers.items():
             if number not in awaited:
-                self._add(PrefillSharer(number, reuse.sharer_rows[number], len(tokens.ids)), first=0)
+                start = reuse.sharer_rows[number]
+                if number in self._wide.sharers:
+                    start = _start_of_block(start, len(tokens.ids))
+                self._add(PrefillSharer(number, start, len(tokens.ids)), first=0)
         row = 0
         for index, section in enumerate(target.fused):
             if index >= reuse.num_sections:
@@ -81,8 +90,8 @@ class PrefillWork:
                 awaited = set()
                 self._add(FuseSection(section, section.start, section.stop), first=section.start)
             row = section.stop
-        stop = len(target.receiver.ids) + closing_padding
-        self._add(PrefillReceiver(max(row, reuse.num_rows), stop, closing=closing_padding), first=row)
+        stop = target.num_rows + target.closing
+        self._add(PrefillReceiver(max(row, reuse.num_rows), stop, closing=target.closing), first=row)
 
     def _add(self, piece: Piece, first: int) -> None:
         """Add a piece of the run that begins at row `first`, if anything of it is left."""
@@ -110,7 +119,7 @@ class PrefillWork:
         """Take the next piece, or about as many of its first rows (at least 2)."""
         piece = self._pieces.popleft()
         length = piece.stop - piece.start
-        taken = _length_of_call(length, length if max_rows is None else max_rows, isinstance(piece, FuseSection))
+        taken = self._length_of_call(piece, length if max_rows is None else max_rows)
         if taken == length:
             return piece
         cut = piece.start + taken
@@ -119,12 +128,29 @@ class PrefillWork:
             return replace(piece, stop=cut, closing=False)
         return replace(piece, stop=cut)
 
+    def _length_of_call(self, piece: Piece, max_rows: int) -> int:
+        """How many of a piece's rows one call computes."""
+        length = piece.stop - piece.start
+        if length <= 3 or (isinstance(piece, PrefillReceiver) and self._wide.receiver):
+            return length
+        if isinstance(piece, PrefillSharer) and piece.number in self._wide.sharers:
+            return _length_between_blocks(length, max_rows)
+        taken = min(length, max(2, max_rows))
+        while length - taken == 1 or (taken % _SMALLEST_BLOCK == 1 and not isinstance(piece, FuseSection)):
+            taken -= 1
+        return taken
 
-def _length_of_call(length: int, max_rows: int, fusing: bool) -> int:
-    """How many of a run's `length` rows one call computes."""
-    if length <= 3:
+
+def _start_of_block(row: int, stop: int) -> int:
+    """Where to begin for rows [row, stop) to be in the blocks in which they are when all is computed at once."""
+    if row == stop:
+        return row
+    start = row - row % ATTENTION_BLOCK
+    return start - ATTENTION_BLOCK if start and stop - start == 1 else start
+
+
+def _length_between_blocks(length: int, max_rows: int) -> int:
+    if length <= max_rows:
         return length
-    taken = min(length, max(2, max_rows))
-    while length - taken == 1 or (taken % _ATTENTION_BLOCK == 1 and not fusing):
-        taken -= 1
-    return taken
+    taken = max(1, max_rows // ATTENTION_BLOCK) * ATTENTION_BLOCK
+    return taken if taken < length - 1 else length  # a single row may not be left

@@ -45,9 +45,10 @@ class PrefixCache:
 
     def find(self, target: SlotState) -> tuple[KeptRows | None, Reuse]:
         """The prompt that saves most, and what of it; None and nothing where none saves anything."""
-        best, best_reuse = None, find_reuse(SlotState(), target)
+        wide = self._prefiller.wide
+        best, best_reuse = None, find_reuse(SlotState(), target, wide=wide)
         for kept in self._kept:
-            reuse = find_reuse(kept.state, target, kept.unfused)
+            reuse = find_reuse(kept.state, target, kept.unfused, wide)
             if reuse.num_rows >= _WORTHWHILE_ROWS and _worth(reuse) > _worth(best_reuse):
                 best, best_reuse = kept, reuse
         if best is not None:
@@ -55,33 +56,12 @@ class PrefixCache:
             self._kept.append(best)
         return best, best_reuse
 
-    def restore(self, slot: int, kept: KeptRows, reuse: Reuse) -> None:
-        """Write into a slot what `reuse` says of a kept prompt."""
-        receiver, tokens = self._prefiller.receiver, kept.state.receiver
-        receiver.put_rows(
-            slot,
-            tokens.position_ids[: reuse.num_rows],
-            0,
-            {name: rows[:, : reuse.num_rows] for name, rows in kept.receiver.items()},
-        )
-        final = kept.state.fused[: reuse.num_sections]
-        for section, rows_by_name in kept.unfused.items():
-            stop = min(section.stop, reuse.num_rows)
-            if section not in final and section.start < stop:
-                part = {name: rows[:, : stop - section.start] for name, rows in rows_by_name.items()}
-                receiver.put_rows(slot, tokens.position_ids[section.start : stop], section.start, part)
-        for number, num_rows in reuse.sharer_rows.items():
-            if num_rows:
-                sharer_tokens = kept.state.sharers[number]
-                part = {name: rows[:, :num_rows] for name, rows in kept.sharers[number].items()}
-                self._prefiller.sharers[number].put_rows(slot, sharer_tokens.position_ids[:num_rows], 0, part)
-
     def add(self, kept: KeptRows) -> None:
         """Keep a prompt, in place of those that are its beginning; what is used least goes where it does not fit."""
         if kept.num_bytes > self._max_bytes:
             return
         for old in list(self._kept):
-            covered = find_reuse(kept.state, old.state, kept.unfused)
+            covered = find_reuse(kept.state, old.state, kept.unfused, self._prefiller.wide)
             if covered.num_rows >= old.state.num_rows - 1 and dict(covered.sharer_rows) == {
                 number: len(tokens.ids) for number, tokens in old.state.sharers.items()
             }:

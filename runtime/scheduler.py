@@ -10,6 +10,7 @@ One thread calls `step`; any thread may `submit` and `abort`. Not covered: that 
 """
 
 import heapq
+import logging
 import threading
 import time
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from c2c_export.errors import C2CError, UsageError
+from c2c_export.errors import C2CError, UsageError, reason_of
 from runtime.active_request import ActiveRequest, Listener
 from runtime.conversation import Conversation
 from runtime.decode_ranges import StepSlot, decode_ranges
+from runtime.generation import Chunk
 from runtime.pipeline import C2CPipeline
 from runtime.prefill import Prefill
 from runtime.prefill_work import Piece, PrefillSharer
@@ -29,12 +31,15 @@ from runtime.prompt import Plan
 from runtime.reply import Reply, generation_limit
 from runtime.request import AbortedError, DeadlineError, QueueFullError, Request
 from runtime.request_queue import RequestQueue
+from runtime.row_keeper import RowKeeper
 from runtime.sampling import Sampler
 from runtime.scheduler_observer import SchedulerObserver
 from runtime.stall_budget import StallBudget
 
+_log = logging.getLogger(__name__)
 _UNSTALLED_ROWS = 512
-"""Rows of a piece when nobody is decoding: a newcomer, or an abort, has to wait for it."""
+_UNSTALLED_TIMES = 4
+"""A piece when nobody is decoding is so many times what decoding may stall for, and has so many rows at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +64,15 @@ class SchedulerOptions:
                 raise UsageError(f"{name}: {value!r} is not allowed; expected a number of seconds above 0")
 
 
+@dataclass(frozen=True)
+class Place:
+    """A place in the queue for a request that is not planned yet."""
+
+    request: Request
+    since: float
+    """When it was asked for, by `time.perf_counter`."""
+
+
 class Scheduler:
     """Serves requests over a pipeline's slots, all of which it takes."""
 
@@ -78,15 +92,18 @@ class Scheduler:
         self._budget = StallBudget(self._options.max_stall)
         self._prefilling: list[ActiveRequest] = []
         self._decoding: list[ActiveRequest] = []
-        self._lock = threading.Lock()  # of the free slots and of the two below
-        self._queue = RequestQueue(self._options.max_waiting, self._options.aging_seconds)
+        self._keepers: dict[int, RowKeeper] = {}
+        """By slot: what copies a prompt out of it for others."""
+        self._lock = threading.Lock()  # of the free slots and of the three below
+        self._queue = RequestQueue(self._options.aging_seconds)
+        self._reserved: set[str] = set()
         self._live: dict[str, ActiveRequest] = {}
         self._seconds_per_request = 1.0
 
     @property
     def num_waiting(self) -> int:
-        """Requests without a slot."""
-        return len(self._queue)
+        """Requests without a slot, those that are being planned included."""
+        return len(self._queue) + len(self._reserved)
 
     @property
     def num_active(self) -> int:
@@ -101,7 +118,7 @@ class Scheduler:
     @property
     def has_requests(self) -> bool:
         """Whether any request waits or is served."""
-        return bool(self._live)
+        return bool(self._live or self._reserved)
 
     def plan(self, request: Request) -> Plan:
         """What a request's prompt is to every model. Raises `UsageError`."""
@@ -109,11 +126,50 @@ class Scheduler:
         sharers = self._pipeline.select_sharers(request.fuse, request.sharers)
         return self._pipeline.make_plan(conversation.messages, conversation.ids, sharers)
 
-    def submit(self, request: Request, listener: Listener) -> None:
+    def reserve(self, request: Request) -> "Place":
+        """A place in the queue, at once; the request's time runs from now on.
+
+        Raises `QueueFullError` where no more may wait (as many as there are free slots hardly do, and do not count),
+        and `UsageError` where another request has its id.
+        """
+        with self._lock:
+            if request.request_id in self._live or request.request_id in self._reserved:
+                raise UsageError(f"request_id: {request.request_id!r} is in use by another request")
+            num_waiting = len(self._queue) + len(self._reserved)
+            if num_waiting >= self._options.max_waiting + len(self._free_slots):
+                retry_after = max(1.0, self._seconds_per_request * num_waiting)
+                self._observer.refused()
+                raise QueueFullError(
+                    f"{num_waiting} requests wait already, as many as may; try again in some seconds", retry_after
+                )
+            self._reserved.add(request.request_id)
+        return Place(request, time.perf_counter())
+
+    def give_up(self, place: "Place") -> None:
+        """Free a place whose request is not to be submitted after all; nothing where it was."""
+        with self._lock:
+            self._reserved.discard(place.request.request_id)
+
+    def submit(self, request: Request, listener: Listener, place: "Place | None" = None) -> None:
         """Plan a request in this thread and let it wait for a slot. `listener` is called by the thread of `step`.
 
-        Raises `UsageError` for a request that cannot be served, `QueueFullError` where no more may wait.
+        `place` is what `reserve` gave, else it is asked for here. Raises what `reserve` raises, and `UsageError` for a
+        request that cannot be served.
         """
+        place = place or self.reserve(request)
+        try:
+            active = self._planned(request, listener, place.since)
+        except BaseException:
+            self.give_up(place)
+            raise
+        with self._lock:
+            self._reserved.discard(request.request_id)
+            self._queue.put(active)
+            self._live[request.request_id] = active
+            num_waiting = len(self._queue)
+        self._observer.queued(num_waiting)
+
+    def _planned(self, request: Request, listener: Listener, since: float) -> ActiveRequest:
         plan = self.plan(request)
         num_rows, capacity = len(plan.receiver.ids), self._pipeline.bundle.manifest.max_length
         wanted, room = request.max_new_tokens, capacity - num_rows + 1
@@ -122,19 +178,7 @@ class Scheduler:
         limit = generation_limit(wanted, num_rows, room, capacity)
         stop_ids = () if request.ignore_eos else self._pipeline.bundle.manifest.stop_ids
         reply = Reply(self._pipeline.tokenizer, limit=limit, stop_ids=stop_ids, stop=request.stop)
-        active = ActiveRequest(request, plan, reply, Sampler(request.sampling), listener)
-        with self._lock:
-            if request.request_id in self._live:
-                raise UsageError(f"request_id: {request.request_id!r} is in use by another request")
-            try:
-                retry_after = max(1.0, self._seconds_per_request * len(self._queue))
-                self._queue.put(active, len(self._free_slots), retry_after)
-            except QueueFullError:
-                self._observer.refused()
-                raise
-            self._live[request.request_id] = active
-            num_waiting = len(self._queue)
-        self._observer.queued(num_waiting)
+        return ActiveRequest(request, plan, reply, Sampler(request.sampling), listener, submitted=since)
 
     def abort(self, request_id: str) -> bool:
         """End a request with an `AbortedError` before anything else is computed; whether there was one."""
@@ -189,82 +233,126 @@ class Scheduler:
                 # The lowest free slot, so that the slots of a decode step lie together.
                 active.slot = heapq.heappop(self._free_slots)
             admitted, active.started = True, time.perf_counter()
+            self._prefilling.append(active)
             self._observer.started(active.started - active.submitted, num_waiting)
-            try:
-                self._begin(active)
-            except C2CError as error:
-                self._fail(active, error)
         return admitted
 
-    def _begin(self, active: ActiveRequest) -> None:
+    def _next_to_prefill(self) -> ActiveRequest | None:
+        """The first request, in the order in which they got their slots, that does not wait for rows from elsewhere.
+
+        It is begun only now, as the one before it may have left rows to go on from.
+        """
+        for active in list(self._prefilling):
+            try:
+                prefill = active.prefill or self._begin(active)
+            except Exception as error:
+                self._fail(active, _own(error))
+                continue
+            if not prefill.waiting:
+                return active
+        return None
+
+    def _begin(self, active: ActiveRequest) -> Prefill:
         prefiller = self._pipeline.prefiller
         target = prefiller.target(active.plan)
-        active.begun_with, reuse = self.prefix_cache.find(target)
-        if active.begun_with is not None:
-            self.prefix_cache.restore(active.slot, active.begun_with, reuse)
+        kept, reuse = self.prefix_cache.find(target)
         active.num_reused_tokens = reuse.num_rows
+        worth_keeping = reuse.num_rows < target.num_rows - 1 and self.prefix_cache.worth_keeping(target)
         active.prefill = Prefill(
             prefiller,
             active.slot,
             active.plan,
             reuse,
-            keep_unfused=self.prefix_cache.worth_keeping(target),
+            begun_with=kept,
+            keep_rows=worth_keeping,
             sharer_rows=active.request.sharer_rows,
         )
-        self._prefilling.append(active)
+        return active.prefill
 
     def _prefill_some(self) -> bool:
-        """Run pieces of prompts, in the order in which they got their slots, as long as decoding may stall."""
+        """Keep rows and run pieces of prompts, one prompt after the other, as long as decoding may stall."""
         started, ran = time.perf_counter(), False
-        while True:
-            active = next((active for active in self._prefilling if not _prefill_of(active).waiting), None)
+        while self._keepers or self._prefilling:
+            spent = time.perf_counter() - started
+            if ran and (spent > self._budget.seconds / 2 or not self._decoding):
+                return True
+            if self._keepers:
+                self._keep_some(next(iter(self._keepers)), spent)
+                ran = True
+                continue
+            active = self._next_to_prefill()
             if active is None:
                 return ran
-            prefill = _prefill_of(active)
+            if not self._run_piece(active, spent, ran):
+                return True
+            ran = True
+        return ran
+
+    def _run_piece(self, active: ActiveRequest, spent: float, ran: bool) -> bool:
+        """Run what fits into the rest of the budget; False where it does not, and something `ran` before."""
+        prefill = _prefill_of(active)
+        kind = _kind_of(prefill.next_piece)
+        max_rows = self._budget.rows(kind, spent)
+        if not self._decoding:  # nobody stalls, but aborts and newcomers wait for it
+            max_rows = min(_UNSTALLED_ROWS, _UNSTALLED_TIMES * max_rows)
+        elif ran and not max_rows:
+            return False
+        before, started = prefill.num_rows_left, time.perf_counter()
+        try:
+            piece = prefill.advance(max_rows)
+            if prefill.gives_logits(piece):
+                active.logits = self._pipeline.receiver.logits()
+            rows = before - prefill.num_rows_left
+            if rows:
+                # On a GPU a piece is only queued so far; where nobody stalls, the devices need not be waited for.
+                seconds = prefill.seconds_of_last_piece() if self._decoding else time.perf_counter() - started
+                self._budget.measured(kind, rows, seconds)
             if prefill.done:
                 self._finish_prefill(active)
-                return True
-            max_rows = _UNSTALLED_ROWS
-            if self._decoding:
-                max_rows = self._budget.rows(_kind_of(prefill.next_piece), time.perf_counter() - started)
-                if ran and not max_rows:
-                    return True
-            try:
-                self._run_piece(active, max_rows)
-            except Exception as error:
-                self._fail(active, error if isinstance(error, C2CError) else C2CError(f"the prompt failed: {error}"))
-            ran = True
-            if active.slot >= 0 and prefill.done:
-                self._finish_prefill(active)
-                return True
-            if not self._decoding:
-                return True
-
-    def _run_piece(self, active: ActiveRequest, max_rows: int) -> None:
-        prefill, started = _prefill_of(active), time.perf_counter()
-        before = prefill.num_rows_left
-        piece = prefill.advance(max_rows)
-        if prefill.gives_logits(piece):
-            active.logits = self._pipeline.receiver.logits()
-        if rows := before - prefill.num_rows_left:
-            self._budget.measured(_kind_of(piece), rows, time.perf_counter() - started)
+        except Exception as error:
+            self._fail(active, _own(error))
+        return True
 
     def _finish_prefill(self, active: ActiveRequest) -> None:
-        """Keep a prompt's rows for others, and choose its first token."""
+        """Choose the first token; the prompt's rows are kept for others meanwhile."""
         prefill = _prefill_of(active)
-        self._prefilling.remove(active)
-        self._decoding.append(active)
         active.prefill_timings = prefill.timings()
         active.state = self._pipeline.prefiller.target(active.plan)
         active.next_position = active.plan.num_positions
-        if prefill.keeps_unfused and active.num_reused_tokens < active.state.num_rows - 1:
-            self.prefix_cache.add(prefill.kept_rows(active.begun_with))
-        active.prefill = active.begun_with = None
+        keeper = prefill.row_keeper()
+        if keeper is not None:
+            self._keepers[active.slot] = keeper
+        self._prefilling.remove(active)
+        self._decoding.append(active)
+        active.prefill = None
         self._observer.prefilled(active.state.num_rows, active.num_reused_tokens)
         logits, active.logits = active.logits, None
         assert logits is not None
         if self._take_token(active, logits):
             self._observer.first_token(active.first_token_at - active.submitted)
+
+    def _keep_some(self, slot: int, spent: float) -> None:
+        """Copy some rows of a slot; all that is left where nobody decodes."""
+        keeper, started = self._keepers[slot], time.perf_counter()
+        max_rows = self._budget.rows(RowKeeper, spent) if self._decoding else keeper.num_rows_left
+        before = keeper.num_rows_left
+        going_on = self._keep(keeper, max_rows)
+        self._budget.measured(RowKeeper, before - keeper.num_rows_left, time.perf_counter() - started)
+        if not going_on:
+            del self._keepers[slot]
+
+    def _keep(self, keeper: RowKeeper, max_rows: int) -> bool:
+        """Copy about so many rows, and keep them all where that was the last; whether more are to be copied."""
+        try:
+            left = max_rows
+            while left > 0 and not keeper.done:
+                left -= keeper.advance(left)
+            if keeper.done:
+                self.prefix_cache.add(keeper.kept_rows())
+        except Exception:  # such as no memory: nobody's answer depends on it
+            _log.exception("rows of a prompt could not be kept")
+            return False
+        return not keeper.done
 
     def _decode(self) -> bool:
         """One step of every request that generates."""
@@ -277,7 +365,7 @@ class Scheduler:
         }
         # What lies between them is computed too: into rows that nothing has been written to yet.
         spare = dict.fromkeys(self._free_slots, 0)
-        spare |= {active.slot: _prefill_of(active).num_rows for active in self._prefilling}
+        spare |= {active.slot: active.prefill.num_rows if active.prefill else 0 for active in self._prefilling}
         receiver = self._pipeline.receiver
         for slots, step in decode_ranges(wanted, spare, receiver.capacity, self._max_batch):
             served = [by_slot[slot] for slot in slots if slot in by_slot]
@@ -306,23 +394,40 @@ class Scheduler:
         try:
             chunk = active.take_token(logits)
         except C2CError as error:
+            if not np.isfinite(logits).all():
+                self._clear_slot(active)
             self._fail(active, error)
             return False
-        active.listener(chunk)
+        self._tell(active, chunk)
         if active.reply.ended_by is not None:
             last = active.last_chunk()
             self._release(active)
             seconds = time.perf_counter() - active.started
             self._seconds_per_request += 0.1 * (seconds / self.num_slots - self._seconds_per_request)
-            active.listener(last)
+            self._tell(active, last)
             assert last.generation is not None
             self._observer.finished(last.generation)
         return True
 
     def _fail(self, active: ActiveRequest, error: Exception) -> None:
         if self._release(active):
-            active.listener(error)
+            self._tell(active, error)
             self._observer.failed(error)
+
+    def _tell(self, active: ActiveRequest, event: Chunk | Exception) -> None:
+        try:
+            active.listener(event)
+        except Exception:  # a listener's fault is its own request's, and no other's
+            _log.exception("the listener of request %s failed", active.request.request_id)
+            active.aborted = True
+
+    def _clear_slot(self, active: ActiveRequest) -> None:
+        """Leave no NaN in a slot: some engines add masked rows, times zero."""
+        models = {None: self._pipeline.receiver, **self._pipeline.prefiller.sharers}
+        for number, model in models.items():
+            tokens = active.state.receiver if number is None else active.state.sharers.get(number)
+            if tokens is not None:
+                model.clear_rows(active.slot, min(len(tokens.ids) + 1, model.capacity))
 
     def _release(self, active: ActiveRequest) -> bool:
         """Take a request out of wherever it is; its slot is free at once. Returns whether it was anywhere."""
@@ -330,14 +435,22 @@ class Scheduler:
             if self._live.pop(active.request.request_id, None) is None:
                 return False
             self._queue.remove(active)
-            if active.slot >= 0:
+        keeper = self._keepers.pop(active.slot, None)
+        if keeper is not None and active.reply.ended_by is not None:
+            self._keep(keeper, keeper.num_rows_left)
+        if active.slot >= 0:
+            with self._lock:
                 heapq.heappush(self._free_slots, active.slot)
-                active.slot = -1
+            active.slot = -1
         for stage in (self._prefilling, self._decoding):
             if active in stage:
                 stage.remove(active)
-        active.prefill = active.begun_with = None
+        active.prefill = None
         return True
+
+
+def _own(error: Exception) -> C2CError:
+    return error if isinstance(error, C2CError) else C2CError(f"the prompt failed: {reason_of(error)}")
 
 
 def _prefill_of(active: ActiveRequest) -> Prefill:

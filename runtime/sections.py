@@ -135,11 +135,15 @@ def warn_of_unfused(messages: Sequence[Message], rendering: Rendering) -> None:
     found = set(rendering.found)
     for number, message in enumerate(messages):
         if message.content and number not in found:
-            warnings.warn(
+            # With a registry of its own: the module's would hold every text that was ever warned of.
+            warnings.warn_explicit(
                 f"{_describe(messages, number)}: no chat template keeps its text unchanged, so it is not fused, as in "
                 "the reference; remove spaces around it, or use chat templates that keep message texts as they are",
                 UnfusedMessageWarning,
-                stacklevel=2,
+                filename=__file__,
+                lineno=1,
+                module=__name__,
+                registry={},
             )
 
 

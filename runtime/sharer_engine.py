@@ -20,7 +20,7 @@ from runtime.engine_loader import EngineLoader
 from runtime.kept_rows import SharerRows
 from runtime.prefill_work import PrefillWork
 from runtime.prompt import ModelTokens
-from runtime.slot_state import NO_TOKENS, Reuse, SlotState, common_rows
+from runtime.slot_state import NO_TOKENS, Reuse, SlotState, Wide, reusable_sharer_rows
 
 _READ = "sharer_"
 
@@ -36,6 +36,7 @@ class SharerEngine:
         """`number` is the sharer's, `names` are those of the caches that its fuser reads."""
         self.number = number
         self._sharer = sharer
+        self._wide = Wide(sharers=frozenset({number} if sharer.has_wide_heads else ()))
         self._names = tuple(names)
         # The least recently used slot first.
         self._held: dict[int, ModelTokens] = dict.fromkeys(range(sharer.pool.num_slots), NO_TOKENS)
@@ -93,7 +94,7 @@ class SharerEngine:
         with self._lock:
             slot, first = self._begin(tokens)
             target, reuse = SlotState(sharers={self.number: tokens}), Reuse(sharer_rows={self.number: first})
-            work = PrefillWork(target, reuse, closing_padding=False)
+            work = PrefillWork(target, reuse, wide=self._wide)
             while not work.done:
                 piece = work.take()
                 rows = slice(piece.start, piece.stop)
@@ -103,8 +104,8 @@ class SharerEngine:
 
     def _begin(self, tokens: ModelTokens) -> tuple[int, int]:
         """The slot to read `tokens` in, which counts as empty from now on, and how many of its rows are there."""
-        best = max(self._held, key=lambda slot: _reusable_rows(self._held[slot], tokens))
-        held, start = self._held[best], _reusable_rows(self._held[best], tokens)
+        best = max(self._held, key=lambda slot: self._reusable_rows(self._held[slot], tokens))
+        held, start = self._held[best], self._reusable_rows(self._held[best], tokens)
         # A prompt that goes on keeps its slot; one that only begins alike leaves the other its rows.
         slot = best if start >= len(held.ids) - 1 else next(iter(self._held))
         del self._held[slot]
@@ -114,11 +115,5 @@ class SharerEngine:
             self._sharer.put_rows(slot, tokens.position_ids[:start], 0, pool.take_rows(pool.names, best, 0, start))
         return slot, start
 
-
-def _reusable_rows(held: ModelTokens, tokens: ModelTokens) -> int:
-    """How many leading rows of `held` are those of `tokens`, bit by bit.
-
-    A token that is read alone is computed otherwise than one of several.
-    """
-    alone = 1 in (len(held.ids), len(tokens.ids))
-    return 0 if alone and len(held.ids) != len(tokens.ids) else common_rows(held, tokens)
+    def _reusable_rows(self, held: ModelTokens, tokens: ModelTokens) -> int:
+        return reusable_sharer_rows(held, tokens, wide=bool(self._wide.sharers))

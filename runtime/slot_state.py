@@ -7,6 +7,7 @@ prompts have the same unfused rows as far as they have the same tokens at the sa
 *ended*; that a section begins alike is no matter for its own rows.
 """
 
+import itertools
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -35,6 +36,8 @@ class SlotState:
     receiver: ModelTokens = NO_TOKENS
     sharers: dict[int, ModelTokens] = field(default_factory=dict)
     fused: tuple[FusedRows, ...] = ()
+    closing: bool = False
+    """Whether a row of padding was computed behind the prompt's last row."""
     _grown: ModelTokens = NO_TOKENS
     """What `receiver` was made by the last `append`: the beginning of `_room`."""
     _room: ModelTokens = NO_TOKENS
@@ -57,7 +60,7 @@ class SlotState:
         for number, tokens in selected.items():
             num_rows = int(np.searchsorted(tokens.position_ids, last_position))
             sharers[number] = ModelTokens(tokens.ids[:num_rows], tokens.position_ids[:num_rows])
-        return cls(plan.receiver, sharers, tuple(fused))
+        return cls(plan.receiver, sharers, tuple(fused), plan.closing_padding_id is not None)
 
     @property
     def num_rows(self) -> int:
@@ -90,14 +93,34 @@ class Reuse:
     """Leading rows of each of the target's sharers."""
 
 
-def find_reuse(state: SlotState, target: SlotState, unfused: Collection[FusedRows] = ()) -> Reuse:
-    """How far the rows of `state` are those that `target` wants.
+@dataclass(frozen=True)
+class Wide:
+    """Which models have heads so wide that a row's bits depend on how many rows are there (`ATTENTION_BLOCK`)."""
+
+    receiver: bool = False
+    sharers: frozenset[int] = frozenset()
+
+
+ATTENTION_BLOCK = 128
+"""Rows that ONNX Runtime's attention takes at once where heads are wider than 128, or a divisor or multiple of it.
+
+Sums over wide heads are cut in two where a block has more than half as many rows, and are not where it has fewer. Rows
+in blocks that are full do not depend on what follows.
+"""
+
+
+def find_reuse(
+    state: SlotState, target: SlotState, unfused: Collection[FusedRows] = (), wide: Wide | None = None
+) -> Reuse:
+    """How far the rows of `state` are those that `target` wants, bit for bit, if they were prefilled.
 
     `unfused` are the fused sections of `state` whose rows are there in their unfused version too; of another one the
     rows are reused with the whole section or not at all. The last row is never reused: its logits are wanted.
     """
+    wide = wide or Wide()
     sharer_rows = {
-        number: common_rows(state.sharers.get(number, NO_TOKENS), tokens) for number, tokens in target.sharers.items()
+        number: reusable_sharer_rows(state.sharers.get(number, NO_TOKENS), tokens, wide=number in wide.sharers)
+        for number, tokens in target.sharers.items()
     }
     same_sharers = state.sharers.keys() == target.sharers.keys()
 
@@ -112,17 +135,45 @@ def find_reuse(state: SlotState, target: SlotState, unfused: Collection[FusedRow
             )
         )
 
-    rows = min(common_rows(state.receiver, target.receiver), len(target.receiver.ids) - 1)
+    rows = min(_common_rows(state.receiver, target.receiver), len(target.receiver.ids) - 1)
+    # A token that is a run by itself is computed otherwise than one of several.
+    rows = min([rows, *(_single_rows(state) ^ _single_rows(target))])
     for section in sorted({*state.fused, *target.fused}, key=lambda section: section.start):
         if section.stop <= rows and fused_alike(section):
             continue
         lost = section in state.fused and section not in unfused
         rows = min(rows, section.start if lost else section.stop)
-    num_sections = sum(section.stop <= rows and fused_alike(section) for section in target.fused)
-    return Reuse(rows, num_sections, sharer_rows)
+    alike = [section for section in target.fused if section.stop <= rows and fused_alike(section)]
+    if wide.receiver:
+        rows = max((section.stop for section in alike), default=0)
+    return Reuse(rows, len(alike), sharer_rows)
 
 
-def common_rows(old: ModelTokens, new: ModelTokens) -> int:
+def reusable_sharer_rows(held: ModelTokens, wanted: ModelTokens, *, wide: bool) -> int:
+    """How many leading rows of a sharer that holds `held` are those of `wanted`, bit for bit."""
+    num_held, num_wanted = len(held.ids), len(wanted.ids)
+    rows = _common_rows(held, wanted)
+    if num_held == num_wanted == rows:
+        return rows
+    if 1 in (num_held, num_wanted):  # a token that is read alone is computed otherwise than one of several
+        return 0
+    start = rows - rows % ATTENTION_BLOCK
+    if wide and _wider_than_half(num_held - start) != _wider_than_half(num_wanted - start):
+        return start
+    return rows
+
+
+def _wider_than_half(num_rows: int) -> bool:
+    return num_rows > ATTENTION_BLOCK // 2
+
+
+def _single_rows(state: SlotState) -> set[int]:
+    """The rows that were a run by themselves: what is computed in one go, were it not cut."""
+    stops = [0, *(section.stop for section in state.fused), state.num_rows + state.closing]
+    return {start for start, stop in itertools.pairwise(stops) if stop - start == 1}
+
+
+def _common_rows(old: ModelTokens, new: ModelTokens) -> int:
     """How many leading rows hold the same tokens at the same positions."""
     shorter = min(len(old.ids), len(new.ids))
     same = (old.ids[:shorter] == new.ids[:shorter]) & (old.position_ids[:shorter] == new.position_ids[:shorter])

@@ -25,13 +25,15 @@ def works(draw: st.DrawFn) -> tuple[SlotState, Reuse, bool]:
     )
     num_sharer_rows = fused[-1].stop if fused else 0
     tokens = ModelTokens(np.arange(num_sharer_rows), np.arange(num_sharer_rows))
-    target = SlotState(ModelTokens(np.arange(num_rows), np.arange(num_rows)), {0: tokens} if fused else {}, fused)
+    closing = draw(st.booleans())
+    rows = ModelTokens(np.arange(num_rows), np.arange(num_rows))
+    target = SlotState(rows, {0: tokens} if fused else {}, fused, closing)
     reused = draw(st.integers(0, num_rows - 1))
     num_sections = draw(st.integers(0, sum(section.stop <= reused for section in fused)))
     later = [section.stop for section in fused[num_sections:]]
     reused = min([reused, *later])
     rows = draw(st.integers(0, num_sharer_rows))
-    return target, Reuse(reused, num_sections, {0: rows} if fused else {}), draw(st.booleans())
+    return target, Reuse(reused, num_sections, {0: rows} if fused else {}), closing
 
 
 def take_all(work: PrefillWork, sizes: Iterator[int | None]) -> list[Piece]:
@@ -46,7 +48,7 @@ def test_everything_that_is_left_is_computed_once_and_in_order(
     case: tuple[SlotState, Reuse, bool], sizes: list[int | None]
 ):
     target, reuse, closing = case
-    work = PrefillWork(target, reuse, closing_padding=closing)
+    work = PrefillWork(target, reuse)
     pieces = take_all(work, (sizes[index % len(sizes)] for index in range(10_000)))
     num_rows = target.num_rows + closing
     computed = {number: reuse.sharer_rows[number] for number in target.sharers}
@@ -82,7 +84,7 @@ def test_no_call_computes_a_single_token_of_a_longer_run_or_leaves_one_for_the_l
     case: tuple[SlotState, Reuse, bool], sizes: list[int | None]
 ):
     target, reuse, closing = case
-    work = PrefillWork(target, reuse, closing_padding=closing)
+    work = PrefillWork(target, reuse)
     stops = [section.stop for section in target.fused]
     for piece in take_all(work, (sizes[index % len(sizes)] for index in range(10_000))):
         length = piece.stop - piece.start
@@ -101,8 +103,8 @@ def test_no_call_computes_a_single_token_of_a_longer_run_or_leaves_one_for_the_l
 
 @given(works())
 def test_rows_from_elsewhere_are_awaited_only_where_they_are_first_fused(case: tuple[SlotState, Reuse, bool]):
-    target, reuse, closing = case
-    work = PrefillWork(target, reuse, closing_padding=closing, awaited=target.sharers)
+    target, reuse, _ = case
+    work = PrefillWork(target, reuse, awaited=target.sharers)
     pieces = take_all(work, (None for _ in range(1000)))
     assert not any(isinstance(piece, PrefillSharer) for piece in pieces)
     fusing = [index for index, piece in enumerate(pieces) if isinstance(piece, FuseSection)]
@@ -112,8 +114,8 @@ def test_rows_from_elsewhere_are_awaited_only_where_they_are_first_fused(case: t
 
 @given(works(), st.integers(2, 40))
 def test_what_is_left_is_counted(case: tuple[SlotState, Reuse, bool], size: int):
-    target, reuse, closing = case
-    work = PrefillWork(target, reuse, closing_padding=closing)
+    target, reuse, _ = case
+    work = PrefillWork(target, reuse)
     while not work.done:
         before, following = work.num_rows_left, work.next
         piece = work.take(size)

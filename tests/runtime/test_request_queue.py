@@ -3,12 +3,11 @@
 from collections import Counter
 from typing import Any, cast
 
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.active_request import ActiveRequest
-from runtime.request import QueueFullError, Request
+from runtime.request import Request
 from runtime.request_queue import RequestQueue
 
 
@@ -27,9 +26,9 @@ def waiting(client: str = "", priority: int = 0, submitted: float = 0.0) -> Acti
 
 
 def queue_of(*requests: ActiveRequest, clock: Clock | None = None, aging: float = 10.0) -> RequestQueue:
-    queue = RequestQueue(100, aging, clock or Clock())
+    queue = RequestQueue(aging, clock or Clock())
     for request in requests:
-        queue.put(request, 0, 1.0)
+        queue.put(request)
     return queue
 
 
@@ -74,23 +73,52 @@ def test_waiting_raises_a_priority_so_that_none_waits_for_ever():
     queue = queue_of(low, clock=clock)
     for second in range(1, 40):
         clock.now = float(second)
-        queue.put(waiting(priority=2, submitted=clock.now), 0, 1.0)
+        queue.put(waiting(priority=2, submitted=clock.now))
         if queue.take() is low:
             break
     assert second == 21  # two levels of ten seconds, and more than the newcomer has
 
 
-def test_a_full_queue_says_when_to_come_again():
-    queue = RequestQueue(2, 10.0)
-    queue.put(waiting(), 0, 1.0)
-    queue.put(waiting(), 0, 1.0)
-    with pytest.raises(QueueFullError, match="2 requests wait") as refused:
-        queue.put(waiting(), 0, 7.5)
-    assert refused.value.retry_after == 7.5
-    assert len(queue) == 2
-    queue.put(waiting(), 1, 1.0)  # a slot is free: this one hardly waits
-    with pytest.raises(QueueFullError):
-        queue.put(waiting(), 1, 1.0)
+def test_newcomers_do_not_go_before_one_that_waits_for_its_turn():
+    queue = queue_of(waiting("alice"), waiting("alice"), waiting("bob"))
+    assert [request.request.client for request in (queue.take(), queue.take())] == ["alice", "bob"]
+    for number in range(3):
+        queue.put(waiting(f"newcomer {number}"))
+    assert queue.take().request.client == "alice"
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.integers(0, 3)), min_size=1, max_size=60))
+def test_whoever_comes_meanwhile_none_waits_for_more_turns_than_there_are_requests_before_it(
+    arrivals: list[tuple[str, int]],
+):
+    queue = queue_of()
+    waited: dict[ActiveRequest, int] = {}
+    ahead: dict[ActiveRequest, int] = {}
+    for client, turns in arrivals:
+        request = waiting(client)
+        own = sum(other.request.client == client for other in waited)
+        # Every request of its own before it, and a turn of each other client for each of those and for itself.
+        ahead[request] = own + (own + 1) * 6
+        queue.put(request)
+        waited[request] = 0
+        for _ in range(turns):
+            served_now = queue.take()
+            if served_now is None:
+                break
+            del waited[served_now]
+            for other in waited:
+                waited[other] += 1
+                assert waited[other] <= ahead[other]
+
+
+def test_clients_that_no_longer_wait_are_forgotten():
+    queue = queue_of(waiting("stays"))
+    for number in range(50):
+        queue.put(waiting(f"client {number}"))
+        queue.put(waiting("stays"))
+        queue.take()
+        queue.take()
+    assert len(queue._served) <= len({request.request.client for request in queue})
 
 
 def test_what_is_removed_is_not_served():

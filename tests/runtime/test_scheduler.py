@@ -29,7 +29,6 @@ from runtime import (
 )
 from runtime.conversation import Conversation
 from runtime.kept_rows import SharerRows
-from runtime.prefill import take_all_rows
 from runtime.scheduler import Scheduler
 
 UNALIGNED, CLOSING_PADDING, ALIGNED = "qwen3_from_qwen2", "qwen3_from_llama_aligned", "llama_from_gemma3_aligned"
@@ -409,7 +408,7 @@ def test_rows_of_sharers_that_were_computed_elsewhere_give_the_same_answer(name:
     for number, tokens in wanted.items():
         sharer = pipe.prefiller.sharers[number]
         sharer.run(3, tokens.ids, tokens.position_ids, 0)
-        rows = take_all_rows(sharer.pool, 3, len(tokens.ids))
+        rows = sharer.pool.take_rows(sharer.pool.names, 3, 0, len(tokens.ids))
         for values in rows.values():
             values.setflags(write=False)  # as they come out of shared memory
         promised[number].set_result(SharerRows(number, tokens, rows))
@@ -423,8 +422,9 @@ def test_rows_of_another_prompt_and_a_failed_sharer_end_the_request_and_no_other
     request = Request(prompt=QUESTIONS[1], max_new_tokens=3)
     scheduler = Scheduler(pipe)
     wanted = pipe.prefiller.target(scheduler.plan(replace(request, prompt=QUESTIONS[2]))).sharers[0]
+    pool = pipe.prefiller.sharers[0].pool
     wrong: Future[SharerRows] = Future()
-    wrong.set_result(SharerRows(0, wanted, take_all_rows(pipe.prefiller.sharers[0].pool, 0, len(wanted.ids))))
+    wrong.set_result(SharerRows(0, wanted, pool.take_rows(pool.names, 0, 0, len(wanted.ids))))
     failed: Future[SharerRows] = Future()
     failed.set_exception(RuntimeError("the node is gone"))
     outcomes = [Outcome() for _ in range(3)]
