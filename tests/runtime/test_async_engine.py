@@ -1,6 +1,7 @@
 """The engine from asyncio: streams, cancellation, closing, and no request without an end."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -110,6 +111,33 @@ def test_a_cancelled_task_frees_its_slot_whenever_it_is_cancelled(run: Callable[
                     await task
             await until(lambda: not engine._scheduler.has_requests)
         assert cancelled >= 3
+
+    run(scenario)
+
+
+def test_a_task_that_is_cancelled_just_when_its_prompt_was_planned_is_aborted(
+    run: Callable[..., AsyncC2CEngine], monkeypatch: pytest.MonkeyPatch
+):
+    async def scenario(engine: AsyncC2CEngine) -> None:
+        scheduler = engine._scheduler
+        decode = scheduler._decode
+
+        def slowly() -> bool:
+            time.sleep(0.005)
+            return decode()
+
+        monkeypatch.setattr(scheduler, "_decode", slowly)
+        for _ in range(20):
+            task = asyncio.create_task(engine.generate(ENDLESS))
+            await asyncio.sleep(0)
+            time.sleep(0.01)  # it is planned and begun by now, and the loop has not heard of it
+            assert scheduler.has_requests
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            began = time.perf_counter()
+            await until(lambda: not scheduler.has_requests)
+            assert time.perf_counter() - began < 0.5  # its answer would take more than a second
 
     run(scenario)
 

@@ -438,6 +438,84 @@ def test_rows_of_another_prompt_and_a_failed_sharer_end_the_request_and_no_other
     assert outcomes[2].generation
 
 
+@every(CLOSING_PADDING, ALIGNED, PARALLEL)
+def test_rows_that_were_handed_over_are_not_taken_for_more_than_they_are(name: str, pipelines: PipelineOf):
+    pipe = pipelines(name)
+    first = Request(prompt=[SYSTEM, {"role": "user", "content": QUESTIONS[2]}], max_new_tokens=2)
+    answer = {"role": "assistant", "content": "Portugal, and France."}
+    turn = [*first.prompt, answer, {"role": "user", "content": QUESTIONS[1]}]  # type: ignore[list-item]
+    further = Request(prompt=turn, max_new_tokens=6, logprobs=5)
+    expected = alone(pipe, further)
+    scheduler = Scheduler(pipelines(name))
+    handed_over: dict[int, Future[SharerRows]] = {}
+    for number, tokens in pipe.prefiller.target(scheduler.plan(first)).sharers.items():
+        sharer = pipe.prefiller.sharers[number]
+        sharer.run(3, tokens.ids, tokens.position_ids, 0)
+        fuser = pipe.bundle.manifest.sharers[number].fuser_graph
+        assert fuser is not None
+        read = [spec.name.removeprefix("sharer_") for spec in fuser.inputs if spec.name.startswith("sharer_")]
+        names = [cache for cache in read if cache in sharer.pool.names]
+        rows = SharerRows(number, tokens, sharer.pool.take_rows(names, 3, 0, len(tokens.ids)))
+        sharer.clear_rows(3, len(tokens.ids))
+        handed_over[number] = Future()
+        handed_over[number].set_result(rows)
+    finish(scheduler, [replace(first, sharer_rows=handed_over)])
+    assert_same_answer(name, finish(scheduler, [further])[0], expected)
+
+
+@every(ALIGNED)
+def test_the_same_prompt_several_times_at_once_is_prefilled_once(name: str, pipelines: PipelineOf):
+    watcher = Watcher()
+    scheduler = Scheduler(pipelines(name), None, watcher)
+    requests = [
+        Request(prompt=QUESTIONS[2], max_new_tokens=5, sampling=SamplingParams(temperature=1.0, seed=seed), logprobs=2)
+        for seed in range(4)
+    ]
+    found = finish(scheduler, requests)
+    assert watcher.reused[0] == 0
+    assert min(watcher.reused[1:]) > 8
+    for request, generation in zip(requests, found, strict=True):
+        assert_same_answer(name, generation, alone(pipelines(name), request))
+
+
+@every(UNALIGNED)
+def test_a_slot_that_overflowed_serves_the_next_request(
+    name: str, pipelines: PipelineOf, monkeypatch: pytest.MonkeyPatch
+):
+    pipe = pipelines(name)
+    request = Request(prompt=QUESTIONS[1], max_new_tokens=4, ignore_eos=True, logprobs=2)
+    expected = alone(pipe, request)
+    scheduler = Scheduler(pipelines(name), SchedulerOptions(prefix_cache_bytes=0))
+    outcome, pool = Outcome(), pipe.receiver.pool
+    scheduler.submit(replace(request, max_new_tokens=50, request_id="overflows"), outcome)
+    while not outcome.chunks:
+        scheduler.step()
+
+    def overflow(num_slots: int) -> Any:
+        rows = pool.take_rows(pool.names, 0, 0, 12)
+        pool.put_rows(0, 0, {cache: np.full_like(values, np.nan) for cache, values in rows.items()})
+        return np.full((num_slots, pipe.bundle.manifest.receiver.vocab_size), np.nan, np.float32)
+
+    with monkeypatch.context() as overflowing:
+        overflowing.setattr(pipe.receiver, "step_logits", overflow)
+        drive(scheduler)
+    assert "nan" in str(outcome.errors[0])
+    assert_same_answer(name, finish(scheduler, [request])[0], expected)
+
+
+@every(UNALIGNED)
+def test_a_listener_that_fails_ends_its_own_request_alone(name: str, pipelines: PipelineOf):
+    scheduler, told = Scheduler(pipelines(name)), Outcome()
+
+    def fail(event: object) -> None:
+        raise RuntimeError("nobody listens")
+
+    scheduler.submit(Request(prompt="Hi", ignore_eos=True), fail)
+    scheduler.submit(Request(prompt="Hi", max_new_tokens=5, ignore_eos=True), told)
+    drive(scheduler)
+    assert len(told.generation.token_ids) == 5
+
+
 @every(UNALIGNED)
 def test_an_engine_that_fails_in_a_step_fails_its_requests_and_serves_the_next(
     name: str, pipelines: PipelineOf, monkeypatch: pytest.MonkeyPatch

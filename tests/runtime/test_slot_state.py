@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime.prompt import ModelTokens
-from runtime.slot_state import FusedRows, SlotState, find_reuse
+from runtime.slot_state import FusedRows, SlotState, find_reuse, reusable_sharer_rows
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,13 @@ def values_of(state: SlotState) -> tuple[list[Value], list[Value], dict[int, lis
     """By the definition: the unfused and the final value of every receiver row, and the value of every sharer row."""
     sharers = {
         number: [
-            Value((number, tuple(tokens.ids[: row + 1]), tuple(tokens.position_ids[: row + 1])))
+            Value((number, tuple(tokens.ids[: row + 1]), tuple(tokens.position_ids[: row + 1]), len(tokens.ids) == 1))
             for row in range(len(tokens.ids))
         ]
         for number, tokens in state.sharers.items()
     }
+    stops = [0, *(section.stop for section in state.fused), state.num_rows + state.closing]
+    alone = {start for start, stop in itertools.pairwise(stops) if stop - start == 1}
     unfused: list[Value] = []
     final: list[Value] = []
     for row in range(state.num_rows):
@@ -35,7 +37,9 @@ def values_of(state: SlotState) -> tuple[list[Value], list[Value], dict[int, lis
             final[other] if any(section.start <= other < section.stop for section in ended) else unfused[other]
             for other in range(row)
         )
-        unfused.append(Value((int(state.receiver.ids[row]), int(state.receiver.position_ids[row]), seen)))
+        # A row that is computed alone is rounded otherwise than one of several.
+        own = (int(state.receiver.ids[row]), int(state.receiver.position_ids[row]), row in alone)
+        unfused.append(Value((*own, seen)))
         final.append(unfused[row])
         for section in state.fused:
             if section.stop == row + 1:
@@ -69,7 +73,7 @@ def states(draw: st.DrawFn) -> SlotState:
             draw(st.lists(st.sampled_from([3, 3, 3, 4]), min_size=last, max_size=last)), dtype=np.int64
         )
         sharers[number] = ModelTokens(sharer_ids, np.arange(last))
-    return SlotState(ModelTokens(ids, np.arange(num_rows)), sharers, fused)
+    return SlotState(ModelTokens(ids, np.arange(num_rows)), sharers, fused, closing=draw(st.booleans()))
 
 
 @given(states(), states(), st.data())
@@ -97,6 +101,26 @@ def test_the_same_prompt_is_reused_but_for_its_last_row(state: SlotState):
     assert reuse.num_rows == state.num_rows - 1
     assert reuse.num_sections == sum(section.stop < state.num_rows for section in state.fused)
     assert dict(reuse.sharer_rows) == {number: len(tokens.ids) for number, tokens in state.sharers.items()}
+
+
+def tokens(*lengths: int) -> list[ModelTokens]:
+    return [ModelTokens(np.arange(length), np.arange(length)) for length in lengths]
+
+
+@given(st.integers(2, 600), st.integers(2, 600))
+def test_rows_of_a_sharer_with_wide_heads_are_reused_where_their_blocks_are_alike(first: int, second: int):
+    held, wanted = tokens(first, second)
+    rows = reusable_sharer_rows(held, wanted, wide=True)
+    assert rows <= min(first, second) == reusable_sharer_rows(held, wanted, wide=False)
+
+    def sums_are_cut(num_rows: int, row: int) -> bool:
+        start = row - row % 128
+        return min(num_rows - start, 128) > 64
+
+    for row in range(rows):
+        assert sums_are_cut(first, row) == sums_are_cut(second, row)
+    if rows < min(first, second):  # no more could be
+        assert sums_are_cut(first, rows) != sums_are_cut(second, rows)
 
 
 @given(states())
