@@ -550,7 +550,7 @@ def serve(
     if ray_config is None:
         run_server(options, lambda text: _console.print(Text(text), soft_wrap=True))
         return
-    from runtime.server.ray_config import ray_arguments, ray_config_of
+    from runtime.server.ray.config import ray_arguments, ray_config_of
 
     text = ray_config_of(ray_arguments(options, ray_layout), host, port)
     ray_config.write_text(text, encoding="utf-8")

@@ -2,7 +2,7 @@
 
 Nothing is ignored silently: a field that OpenAI's API does not know either is an error, and so is one that it knows and
 this server does not serve, unless its value asks for nothing. Not covered: what a field means to the engine
-(`runtime.server.choices`).
+(`runtime.server.requests`).
 """
 
 from typing import Annotated, Any, ClassVar

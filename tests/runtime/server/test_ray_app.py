@@ -29,9 +29,9 @@ from ray.serve.scripts import cli as serve_command
 from c2c_export.bundle import Bundle
 from runtime import AbortedError, C2CPipeline, DeadlineError, Generation, Request, SamplingParams, UsageError
 from runtime.prompt import ModelTokens
-from runtime.server.ray_config import INGRESS, ray_arguments, ray_config_of
-from runtime.server.remote_sharers import RemoteSharers
-from runtime.server.replicated_engine import ReplicatedEngine
+from runtime.server.ray.config import INGRESS, ray_arguments, ray_config_of
+from runtime.server.ray.remote_sharers import RemoteSharers
+from runtime.server.ray.replicated_engine import ReplicatedEngine
 from runtime.server.serve import ServeOptions
 from runtime.sharer_engine import SharerEngine
 

@@ -15,7 +15,7 @@ from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from c2c_export.errors import PromptError, PromptTooLongError
 from runtime import AbortedError, BundleError, C2CError, ClosedError, DeadlineError, QueueFullError, UsageError
-from runtime.server.replica_calls import MAX_LOST, LostReplicas, ReplicaLostError, own_error
+from runtime.server.ray.replica_calls import MAX_LOST, LostReplicas, ReplicaLostError, own_error
 
 pytestmark = pytest.mark.xdist_group("ray")
 OURS = (AbortedError, BundleError, C2CError, DeadlineError, PromptError, PromptTooLongError, UsageError)

@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from runtime.kept_rows import SharerRows
 from runtime.prompt import ModelTokens
 from runtime.request import AbortedError
-from runtime.server.replica_calls import LostReplicas, ReplicaLostError, own_error
+from runtime.server.ray.replica_calls import LostReplicas, ReplicaLostError, own_error
 
 
 class RemoteSharers:

@@ -1,10 +1,10 @@
 """`ReplicatedEngine`: to the HTTP application what an `AsyncC2CEngine` is, over replicas of it in a Ray cluster.
 
 In: requests, and the handle of a Serve deployment whose replicas each hold an `AsyncC2CEngine`
-(`runtime.server.replicas`). Out: answers and errors as those of one engine. The requests of one conversation go to one
-replica as long as it lives and has room. A replica that dies loses none of them: they are generated again by another
-one, a stream goes on behind what was delivered. Not covered: the death of the process that holds this engine, which
-breaks its clients' connections.
+(`runtime.server.ray.replicas`). Out: answers and errors as those of one engine. The requests of one conversation go to
+one replica as long as it lives and has room. A replica that dies loses none of them: they are generated again by
+another one, a stream goes on behind what was delivered. Not covered: the death of the process that holds this engine,
+which breaks its clients' connections.
 """
 
 import asyncio
@@ -22,9 +22,9 @@ from engines.select import EngineChoice
 from runtime.bundle_planner import BundlePlanner
 from runtime.generation import Chunk, Generation
 from runtime.request import AbortedError, ClosedError, DeadlineError, Request
-from runtime.server.affinity import affinity_key
-from runtime.server.replica_calls import LostReplicas, ReplicaLostError, own_error
-from runtime.server.resumption import Resumption
+from runtime.server.ray.affinity import affinity_key
+from runtime.server.ray.replica_calls import LostReplicas, ReplicaLostError, own_error
+from runtime.server.ray.resumption import Resumption
 
 _GRACE = 1.0
 """Seconds behind a request's deadline in which its replica may still say itself that it passed."""

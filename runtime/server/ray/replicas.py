@@ -1,8 +1,8 @@
 """What runs in the replicas of a Ray cluster: a whole pipeline, a pipeline without its sharers, or one sharer.
 
 In: what `RayArguments` says, and calls of Serve handles. Out: answers, and rows. Not covered: HTTP
-(`runtime.server.ray_app`), and the sides that call (`runtime.server.replicated_engine`,
-`runtime.server.remote_sharers`).
+(`runtime.server.ray_app`), and the sides that call (`runtime.server.ray.replicated_engine`,
+`runtime.server.ray.remote_sharers`).
 """
 
 import asyncio
@@ -22,10 +22,10 @@ from runtime.prompt import ModelTokens
 from runtime.request import Request
 from runtime.server.logs import log_as_json
 from runtime.server.metrics import ServerMetrics
-from runtime.server.ray_arguments import RayArguments
-from runtime.server.ray_metrics import RayMetricMaker
-from runtime.server.remote_sharers import RemoteSharers
-from runtime.server.replicated_engine import ReplicaFacts
+from runtime.server.ray.arguments import RayArguments
+from runtime.server.ray.metrics import RayMetricMaker
+from runtime.server.ray.remote_sharers import RemoteSharers
+from runtime.server.ray.replicated_engine import ReplicaFacts
 from runtime.sharer_engine import SharerEngine
 
 
