@@ -12,9 +12,9 @@ from fastapi import Depends, FastAPI
 from c2c_export import __version__
 from c2c_export.errors import UsageError
 from runtime.server import bundle_info, chat, completions, health, models
-from runtime.server.api_keys import key_check
+from runtime.server.api_keys import ApiKeys, KeysBeforeBodies
 from runtime.server.error_handlers import add_error_handlers
-from runtime.server.limits import BodyLimit
+from runtime.server.limits import BodyLimit, OneLength
 from runtime.server.metrics import ServerMetrics
 from runtime.server.openapi import complete_document
 from runtime.server.page_files import add_page
@@ -56,15 +56,19 @@ def create_app(engine: ServedEngine, settings: ServerSettings, metrics: ServerMe
         redirect_slashes=False,
     )
     app.state.service = service
-    keys = [Depends(key_check(settings.api_keys))] if settings.api_keys else []
+    keys = ApiKeys(settings.api_keys) if settings.api_keys else None
     for module in (chat, completions, models, bundle_info):
-        app.include_router(module.router, dependencies=keys)
+        app.include_router(module.router, dependencies=[Depends(keys.dependency)] if keys else [])
     app.include_router(health.router)
     add_page(app)
     add_error_handlers(app)
+    # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_body=settings.max_body)
-    app.add_middleware(RequestLog, metrics=service.metrics)  # the last one added is the outermost
-    complete_document(app, service.models)
+    if keys:
+        app.add_middleware(KeysBeforeBodies, keys=keys)
+    app.add_middleware(OneLength)
+    app.add_middleware(RequestLog, metrics=service.metrics)
+    complete_document(app, service.models, settings.max_priority)
     return app
 
 

@@ -74,6 +74,12 @@ def record_of(scope: Scope) -> RequestRecord:
     return record
 
 
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request with what a middleware has against it, and note that."""
+    record_of(scope).failed(error)
+    await error.response()(scope, receive, send)
+
+
 class RequestLog:
     """See the module's docstring."""
 

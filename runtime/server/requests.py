@@ -38,6 +38,10 @@ def engine_requests(
     if given and wanted is not None and limit is not None and wanted > limit:
         message = f"{wanted} is not allowed; this server generates at most {limit} tokens"
         raise invalid_request(f"{tokens_field}: {message}", tokens_field)
+    priority = body.priority
+    if priority is not None and priority > settings.max_priority:
+        message = f"{priority} is not allowed; this server takes at most {settings.max_priority}"
+        raise invalid_request(f"priority: {message}", "priority")
     return [
         Request(
             prompt=prompt,
@@ -49,7 +53,7 @@ def engine_requests(
             stop=body.stops,
             sampling=_sampling(body, index),
             logprobs=body.num_alternatives,
-            priority=body.priority or 0,
+            priority=min(0, settings.max_priority) if priority is None else priority,
             deadline=_least(body.deadline, settings.timeout),
             client=client,
         )

@@ -188,8 +188,18 @@ def test_when_the_engine_fails_for_good_the_process_ends_with_an_error(bundle: P
         url = f"http://127.0.0.1:{listener.getsockname()[1]}{CHATS}"
         asked = threads.submit(httpx2.post, url, json=long(0), timeout=30)
         with pytest.raises(C2CError, match="the engine failed and cannot go on"):
-            asyncio.run(serve._run(app, engine, listener, drain=30))
+            asyncio.run(serve._run(app, engine, listener, drain=30, max_connections=10))
         assert refused(asked.result(), 500)["code"] == "engine_failed"
+
+
+def test_more_connections_than_allowed_are_refused(bundle: Path):
+    with served_process(bundle, "--allow-unchecked", "--max-connections", 2) as served:
+        address = ("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
+        with socket.create_connection(address), served.http() as second:
+            assert second.get("/health").status_code == 200
+            assert httpx2.get(f"{served.url}/health").status_code == 503
+            assert second.get("/health").status_code == 200
+        wait_until(lambda: httpx2.get(f"{served.url}/health").status_code == 200)
 
 
 # --- the start ---
@@ -221,6 +231,8 @@ def test_a_port_in_use_is_named_and_the_bundle_not_loaded(bundle: Path, run_cli:
         (("--host", "no.such.host.invalid"), "--host no.such.host.invalid: no such address"),
         (("--drain", "-1"), "drain: -1.0 is not allowed"),
         (("--log-level", "loud"), "log_level: 'loud' is not allowed; expected one of debug, info, warning, error"),
+        (("--max-priority", "101"), "max_priority: 101 is not allowed; expected -100 to 100"),
+        (("--max-connections", "0"), "max_connections: 0 is not allowed"),
         (("--max-tokens", "0"), "max_tokens: 0 is not allowed"),
         (("--max-body", "0"), "max_body: 0 is not allowed"),
         (("--timeout", "-1"), "timeout: -1.0 is not allowed"),
