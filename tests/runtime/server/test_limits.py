@@ -315,6 +315,22 @@ def test_one_refused_answer_of_several_refuses_all(crowded: tuple[Served, AsyncC
     assert served.metric("c2c_requests_total", outcome="length") == 0
 
 
+def test_without_a_prefix_cache_nothing_tells_what_others_asked(recorded_bundle: Callable[[str], Path]):
+    options = SchedulerOptions(prefix_cache_bytes=0)
+    engine = AsyncC2CEngine.from_bundle(
+        recorded_bundle(PAIR), num_slots=2, num_threads=1, allow_unchecked=True, options=options
+    )
+    try:
+        with served_here(engine, model_name="m") as served, served.http() as client:
+            body = CHAT | {"messages": [{"role": "user", "content": "a secret of one tenant's, long enough"}], "n": 2}
+            for _ in range(3):
+                out = client.post(CHATS, json=body).json()
+                assert out["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+                assert out["c2c"]["reused_tokens"] == 0
+    finally:
+        engine.close_and_wait(drain_seconds=0)
+
+
 def test_a_key_is_the_client_that_takes_turns_else_the_user_is(engine: AsyncC2CEngine, monkeypatch: pytest.MonkeyPatch):
     clients: list[str] = []
     generate = engine.generate
