@@ -73,8 +73,11 @@ def create_app(engine: ServedEngine, settings: ServerSettings, metrics: ServerMe
 
 
 def begin_closing(app: FastAPI) -> None:
-    """From now on `app` refuses what begins, with 503, and is not ready; what runs goes on."""
-    app.state.service.closing = True
+    """From now on `app` refuses what begins, with 503, and is not ready; what runs goes on.
+
+    To be called before the engine is closed.
+    """
+    app.state.service.begin_closing()
 
 
 def _fingerprint(engine: ServedEngine) -> str:

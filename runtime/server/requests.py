@@ -8,7 +8,7 @@ from runtime.request import Request
 from runtime.sampling import SamplingParams
 from runtime.server.chat_request import ChatRequest
 from runtime.server.completion_request import CompletionRequest
-from runtime.server.errors import closing, invalid_request
+from runtime.server.errors import invalid_request
 from runtime.server.service import Service
 
 _CHARACTERS_PER_TOKEN = 32
@@ -27,8 +27,7 @@ def engine_requests(
     `tokens_field` is the body's name for the tokens to generate. Raises an `ApiError` that names the field for what
     this server does not serve.
     """
-    if service.closing:
-        raise closing()
+    service.check_ready()
     settings = service.settings
     sharers = service.models.sharers_for(body.model, body.fuse, body.sharers)
     check_num_answers(service, body, len(prompts))

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import uvicorn
@@ -88,7 +88,8 @@ def serve(options: ServeOptions, tell: Callable[[str], None]) -> None:
             options=options.scheduler,
             observer=metrics,
         )
-        app = create_app(engine, options.settings, metrics)
+        settings = replace(options.settings, max_waiting=options.scheduler.max_waiting)
+        app = create_app(engine, settings, metrics)
         if "auto" in (options.engine, options.precision):
             tell(f"engine: {engine.engine_choice.reason}")
         # Only now, so that clients that come too early are refused rather than kept waiting.

@@ -31,6 +31,9 @@ class ServerSettings:
     """Answers of one request: prompts times `n`."""
     timeout: float | None = DEFAULT_TIMEOUT
     """Seconds that a request may take, waiting included; None is without end."""
+    max_waiting: int | None = None
+    """Requests that may wait in the engine; None where that is not known. Where it is, the answers of one request begin
+    together or not at all."""
     max_priority: int = 0
     """The highest priority that a client may ask for."""
     log_prompts: bool = False
@@ -47,6 +50,8 @@ class ServerSettings:
         _check_count("max_choices", self.max_choices)
         if self.max_tokens is not None:
             _check_count("max_tokens", self.max_tokens)
+        if self.max_waiting is not None and self.max_waiting < 0:
+            raise UsageError(f"max_waiting: {self.max_waiting} is not allowed; expected 0 or more")
         if not -MAX_PRIORITY <= self.max_priority <= MAX_PRIORITY:
             raise UsageError(
                 f"max_priority: {self.max_priority} is not allowed; expected -{MAX_PRIORITY} to {MAX_PRIORITY}"

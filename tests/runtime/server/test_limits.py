@@ -258,7 +258,7 @@ def crowded(recorded_bundle: Callable[[str], Path]) -> Iterator[tuple[Served, As
         observer=metrics,
     )
     try:
-        with served_here(engine, metrics, model_name="m") as served:
+        with served_here(engine, metrics, model_name="m", max_waiting=4) as served:
             yield served, engine
     finally:
         engine.close_and_wait(drain_seconds=0)
@@ -312,7 +312,23 @@ def test_one_refused_answer_of_several_refuses_all(crowded: tuple[Served, AsyncC
         response = client.post(CHATS, json=body)
     refused(response, 429)
     wait_until(lambda: engine.num_active == engine.num_waiting == 0)
-    assert served.metric("c2c_requests_total", outcome="length") == 0
+    counted = served.metrics()
+    assert counted["c2c_refused_total"] == 30
+    # None was begun, and none ended early.
+    assert not any(counted[f'c2c_requests_total{{outcome="{outcome}"}}'] for outcome in ("length", "aborted"))
+
+
+def test_several_answers_are_begun_together_or_not_at_all(crowded: tuple[Served, AsyncC2CEngine]):
+    served, engine = crowded
+    long: dict[str, Any] = CHAT | {"max_tokens": None, "ignore_eos": True, "stream": True}
+    with served.http() as client, client.stream("POST", CHATS, json=long | {"n": 4}) as running:
+        next(running.iter_lines())
+        wait_until(lambda: (engine.num_active, engine.num_waiting) == (2, 2))
+        # Two more may wait.
+        error = refused(client.post(CHATS, json=CHAT | {"n": 3}), 429)
+        assert error["message"].startswith("3 answers are asked for, and 2 more may wait or be served now")
+        assert (engine.num_active, engine.num_waiting) == (2, 2)
+        assert client.post(CHATS, json=CHAT | {"n": 2}).status_code == 200
 
 
 def test_without_a_prefix_cache_nothing_tells_what_others_asked(recorded_bundle: Callable[[str], Path]):

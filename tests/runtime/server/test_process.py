@@ -15,12 +15,12 @@ from typing import Any
 import httpx2
 import pytest
 from command_line import RunCli
-from served import ROOT, Served, refused, served_process, wait_until
+from served import ROOT, Served, refused, served_here, served_process, wait_until
 
 from runtime import C2CError, C2CPipeline
 from runtime.async_engine import AsyncC2CEngine
 from runtime.server import serve
-from runtime.server.app import create_app
+from runtime.server.app import begin_closing, create_app
 from runtime.server.settings import ServerSettings
 
 PAIR = "qwen3_from_llama_aligned"
@@ -190,6 +190,16 @@ def test_when_the_engine_fails_for_good_the_process_ends_with_an_error(bundle: P
         with pytest.raises(C2CError, match="the engine failed and cannot go on"):
             asyncio.run(serve._run(app, engine, listener, drain=30, max_connections=10))
         assert refused(asked.result(), 500)["code"] == "engine_failed"
+    # Begun to close it is not shutting down to whoever asks.
+    with served_here(engine) as served, served.http() as client:
+        for closing in (False, True):
+            if closing:
+                begin_closing(served.app)
+            assert refused(client.get("/ready"), 503)["code"] == "engine_failed"
+            late = client.post(CHATS, json=long(1))
+            assert refused(late, 503)["code"] == "engine_failed"
+            assert int(late.headers["retry-after"]) >= 1
+            assert client.get("/health").status_code == 200
 
 
 def test_more_connections_than_allowed_are_refused(bundle: Path):
