@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -318,8 +319,14 @@ def test_one_refused_answer_of_several_refuses_all(crowded: tuple[Served, AsyncC
     assert not any(counted[f'c2c_requests_total{{outcome="{outcome}"}}'] for outcome in ("length", "aborted"))
 
 
-def test_several_answers_are_begun_together_or_not_at_all(crowded: tuple[Served, AsyncC2CEngine]):
+def test_several_answers_are_begun_together_or_not_at_all(
+    crowded: tuple[Served, AsyncC2CEngine], monkeypatch: pytest.MonkeyPatch
+):
     served, engine = crowded
+    assert served.app is not None
+    release = threading.Event()
+    # The engine stands still at the first token that follows another one.
+    monkeypatch.setattr(served.app.state.service.metrics, "next_token", lambda _: release.wait(20))
     long: dict[str, Any] = CHAT | {"max_tokens": None, "ignore_eos": True, "stream": True}
     with served.http() as client, client.stream("POST", CHATS, json=long | {"n": 4}) as running:
         next(running.iter_lines())
@@ -328,6 +335,7 @@ def test_several_answers_are_begun_together_or_not_at_all(crowded: tuple[Served,
         error = refused(client.post(CHATS, json=CHAT | {"n": 3}), 429)
         assert error["message"].startswith("3 answers are asked for, and 2 more may wait or be served now")
         assert (engine.num_active, engine.num_waiting) == (2, 2)
+        release.set()
         assert client.post(CHATS, json=CHAT | {"n": 2}).status_code == 200
 
 
