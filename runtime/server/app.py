@@ -15,7 +15,7 @@ from runtime.server import bundle_info, chat, completions, health, models
 from runtime.server.api_keys import ApiKeys, KeysBeforeBodies
 from runtime.server.error_handlers import add_error_handlers
 from runtime.server.limits import BodyLimit, OneLength
-from runtime.server.metrics import ServerMetrics
+from runtime.server.metrics import HttpMetrics, ServerMetrics
 from runtime.server.openapi import complete_document
 from runtime.server.page_files import add_page
 from runtime.server.request_log import RequestLog
@@ -30,7 +30,7 @@ for the other. Fields marked "Extra" are not OpenAI's. docs/serving.md says what
 """
 
 
-def create_app(engine: ServedEngine, settings: ServerSettings, metrics: ServerMetrics | None = None) -> FastAPI:
+def create_app(engine: ServedEngine, settings: ServerSettings, metrics: HttpMetrics | None = None) -> FastAPI:
     """The application. `metrics` are those that the engine was given as its observer; else /metrics lacks its part.
 
     Raises `UsageError` where a limit does not go with the bundle.

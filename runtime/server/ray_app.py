@@ -24,6 +24,7 @@ except ImportError as error:
 
 from runtime.server.app import create_app
 from runtime.server.logs import log_as_json
+from runtime.server.metrics import HttpMetrics
 from runtime.server.ray.affinity import SessionIdMiddleware
 from runtime.server.ray.arguments import RayArguments
 from runtime.server.ray.config import INGRESS, PIPELINE, deployment_options, sharer_deployment
@@ -44,7 +45,7 @@ class Ingress:
         settings = self._arguments.settings_with_keys()
         log_as_json(sys.stdout, self._arguments.log_level, prompts=settings.log_prompts)
         engine = await ReplicatedEngine.connect(Bundle.open(self._arguments.bundle), self._pipeline)
-        app = create_app(engine, settings)
+        app = create_app(engine, settings, HttpMetrics())  # the engines' own are told to Ray
         app.add_middleware(SessionIdMiddleware)
         return app
 

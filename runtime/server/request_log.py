@@ -19,7 +19,7 @@ from runtime.generation import Generation
 from runtime.request import new_request_id
 from runtime.server.errors import CLIENT_GONE, ApiError, as_api_error
 from runtime.server.generation_parts import num_cached_tokens
-from runtime.server.metrics import ServerMetrics
+from runtime.server.metrics import HttpMetrics
 
 log = logging.getLogger("c2c_export.server")
 _RECORD = "c2c_export.record"
@@ -84,7 +84,7 @@ async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) ->
 class RequestLog:
     """See the module's docstring."""
 
-    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
         self._app = app
         self._metrics = metrics
 

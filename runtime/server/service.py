@@ -7,7 +7,7 @@ from fastapi import Request
 from runtime.request import QueueFullError
 from runtime.server.errors import closing, engine_failed
 from runtime.server.generation_parts import ResponseHead
-from runtime.server.metrics import ServerMetrics
+from runtime.server.metrics import HttpMetrics
 from runtime.server.served_engine import ServedEngine
 from runtime.server.served_models import ServedModels
 from runtime.server.settings import ServerSettings
@@ -22,7 +22,7 @@ class Service:
     engine: ServedEngine
     settings: ServerSettings
     models: ServedModels
-    metrics: ServerMetrics
+    metrics: HttpMetrics
     system_fingerprint: str
     closing: bool = False
     """Set when the process is asked to end: requests are refused from then on."""

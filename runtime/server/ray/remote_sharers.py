@@ -75,4 +75,4 @@ class RemoteSharers:
                 own = own_error(error, handle.deployment_name)
                 if not isinstance(own, ReplicaLostError):
                     raise own from error
-                lost.add(own)
+                await asyncio.sleep(lost.add(own))
