@@ -487,6 +487,10 @@ def serve(
         Optional[int],  # noqa: UP045
         typer.Option(help="Tokens that one answer may ask for.  [default: the bundle's capacity]"),
     ] = None,
+    max_priority: Annotated[int, typer.Option(help="The highest priority that a request may have, -100 to 100.")] = 0,
+    max_connections: Annotated[
+        int, typer.Option(help="Connections at once, idle ones included; further ones are answered with 503.")
+    ] = 1000,
     timeout: Annotated[float, typer.Option(help="Seconds that a request may take, waiting included; 0 is any.")] = 600,
     drain: Annotated[
         float, typer.Option(help="Seconds that running requests have to finish after SIGTERM or Ctrl-C.")
@@ -541,16 +545,18 @@ def serve(
             max_body=max_body,
             max_tokens=max_tokens,
             max_choices=max(max_waiting, 1),
+            max_priority=max_priority,
             timeout=timeout or None,
             log_prompts=log_prompts,
         ),
         drain=drain,
+        max_connections=max_connections,
         log_level=log_level,
     )
     if ray_config is None:
         run_server(options, lambda text: _console.print(Text(text), soft_wrap=True))
         return
-    from runtime.server.ray_config import ray_arguments, ray_config_of
+    from runtime.server.ray.config import ray_arguments, ray_config_of
 
     text = ray_config_of(ray_arguments(options, ray_layout), host, port)
     ray_config.write_text(text, encoding="utf-8")

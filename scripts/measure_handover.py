@@ -3,7 +3,7 @@
     python scripts/measure_handover.py [--tokens 128 --tokens 512 --tokens 2048] [--repeats 9] [--shape NAME]
 
 Both nodes are on this machine, so that "between nodes" is two object stores and a loopback connection: no network is
-measured. For each shape and length it takes the path of `runtime.server.remote_sharers`: rows are copied out of a
+measured. For each shape and length it takes the path of `runtime.server.ray.remote_sharers`: rows are copied out of a
 cache, returned by a Serve replica, received, and written into another cache. Nothing is computed. Out: a table of
 medians, and one line of JSON. Takes about a minute. Needs what the extra `ray` installs.
 """
@@ -34,7 +34,7 @@ from rich.table import Table
 
 from runtime.kept_rows import SharerRows
 from runtime.prompt import ModelTokens
-from runtime.server.remote_sharers import RemoteSharers
+from runtime.server.ray.remote_sharers import RemoteSharers
 
 _OBJECT_STORE = 2 * 2**30
 _PLACES = {"here": "within a node", "there": "between nodes"}

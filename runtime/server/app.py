@@ -12,10 +12,10 @@ from fastapi import Depends, FastAPI
 from c2c_export import __version__
 from c2c_export.errors import UsageError
 from runtime.server import bundle_info, chat, completions, health, models
-from runtime.server.api_keys import key_check
+from runtime.server.api_keys import ApiKeys, KeysBeforeBodies
 from runtime.server.error_handlers import add_error_handlers
-from runtime.server.limits import BodyLimit
-from runtime.server.metrics import ServerMetrics
+from runtime.server.limits import BodyLimit, OneLength
+from runtime.server.metrics import HttpMetrics, ServerMetrics
 from runtime.server.openapi import complete_document
 from runtime.server.page_files import add_page
 from runtime.server.request_log import RequestLog
@@ -30,7 +30,7 @@ for the other. Fields marked "Extra" are not OpenAI's. docs/serving.md says what
 """
 
 
-def create_app(engine: ServedEngine, settings: ServerSettings, metrics: ServerMetrics | None = None) -> FastAPI:
+def create_app(engine: ServedEngine, settings: ServerSettings, metrics: HttpMetrics | None = None) -> FastAPI:
     """The application. `metrics` are those that the engine was given as its observer; else /metrics lacks its part.
 
     Raises `UsageError` where a limit does not go with the bundle.
@@ -56,21 +56,28 @@ def create_app(engine: ServedEngine, settings: ServerSettings, metrics: ServerMe
         redirect_slashes=False,
     )
     app.state.service = service
-    keys = [Depends(key_check(settings.api_keys))] if settings.api_keys else []
+    keys = ApiKeys(settings.api_keys) if settings.api_keys else None
     for module in (chat, completions, models, bundle_info):
-        app.include_router(module.router, dependencies=keys)
+        app.include_router(module.router, dependencies=[Depends(keys.dependency)] if keys else [])
     app.include_router(health.router)
     add_page(app)
     add_error_handlers(app)
+    # The last one added is the outermost.
     app.add_middleware(BodyLimit, max_body=settings.max_body)
-    app.add_middleware(RequestLog, metrics=service.metrics)  # the last one added is the outermost
-    complete_document(app, service.models)
+    if keys:
+        app.add_middleware(KeysBeforeBodies, keys=keys)
+    app.add_middleware(OneLength)
+    app.add_middleware(RequestLog, metrics=service.metrics)
+    complete_document(app, service.models, settings.max_priority)
     return app
 
 
 def begin_closing(app: FastAPI) -> None:
-    """From now on `app` refuses what begins, with 503, and is not ready; what runs goes on."""
-    app.state.service.closing = True
+    """From now on `app` refuses what begins, with 503, and is not ready; what runs goes on.
+
+    To be called before the engine is closed.
+    """
+    app.state.service.begin_closing()
 
 
 def _fingerprint(engine: ServedEngine) -> str:

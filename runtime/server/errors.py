@@ -95,6 +95,16 @@ def closing() -> ApiError:
     )
 
 
+def engine_failed() -> ApiError:
+    """What a server answers whose engine failed for good, until its process is started anew."""
+    return ApiError(
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        "the engine failed and takes no more requests until the server is started anew; its log says why",
+        code="engine_failed",
+        headers={"Retry-After": str(RETRY_WHEN_CLOSING)},
+    )
+
+
 def as_api_error(error: Exception, prompt_field: str | None = None, tokens_field: str = "max_tokens") -> ApiError:
     """What a client sees of an engine's error; the fields are those that held the prompt and the tokens wanted."""
     message = str(error).replace("max_new_tokens", tokens_field)

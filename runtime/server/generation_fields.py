@@ -2,7 +2,7 @@
 
 Nothing is ignored silently: a field that OpenAI's API does not know either is an error, and so is one that it knows and
 this server does not serve, unless its value asks for nothing. Not covered: what a field means to the engine
-(`runtime.server.choices`).
+(`runtime.server.requests`).
 """
 
 from typing import Annotated, Any, ClassVar
@@ -11,6 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field
 from pydantic_core import PydanticCustomError
 
 from runtime.request import MAX_ALTERNATIVES
+from runtime.server.settings import MAX_PRIORITY
 from runtime.server.unserved_fields import IN_STREAM_OPTIONS, UnservedFields
 
 MAX_STOPS = 16
@@ -108,7 +109,12 @@ class GenerationFields(StrictModel):
         1.0, ge=1 / _MAX_PENALTY, le=_MAX_PENALTY, description="Extra: penalise repeated tokens; 1 is off."
     )
     ignore_eos: bool | None = Field(False, description="Extra: go on after stop tokens.")
-    priority: int | None = Field(0, ge=-100, le=100, description="Extra: requests of higher priority are served first.")
+    priority: int | None = Field(
+        None,
+        ge=-MAX_PRIORITY,
+        le=MAX_PRIORITY,
+        description="Extra: requests of higher priority are served first; 0 by default, or the most that is allowed.",
+    )
     deadline: float | None = Field(None, gt=0, description="Extra: seconds after which the request ends with 408.")
 
     @model_validator(mode="after")

@@ -30,18 +30,22 @@ class Usage(BaseModel):
     @classmethod
     def of(cls, generations: Sequence[Generation], num_answers: int) -> "Usage":
         """The usage of prompts with `num_answers` each, whose answers follow one another."""
-        # The answers after a prompt's first one share its rows, which is no doing of an earlier request.
-        first = generations[::num_answers]
-        prompt = sum(generation.num_prompt_tokens for generation in first)
+        prompt = sum(generation.num_prompt_tokens for generation in generations[::num_answers])
         completion = sum(len(generation.token_ids) for generation in generations)
         return cls(
             prompt_tokens=prompt,
             completion_tokens=completion,
             total_tokens=prompt + completion,
-            prompt_tokens_details=PromptTokensDetails(
-                cached_tokens=sum(generation.num_reused_tokens for generation in first)
-            ),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=num_cached_tokens(generations, num_answers)),
         )
+
+
+def num_cached_tokens(generations: Sequence[Generation], num_answers: int) -> int:
+    """The prompts' tokens whose rows were there before any of a prompt's `num_answers` answers was begun."""
+    # Answers to one prompt find each other's rows, in whatever order they get their slots; the one that was begun first
+    # found the fewest.
+    reused = [generation.num_reused_tokens for generation in generations]
+    return sum(min(reused[first : first + num_answers]) for first in range(0, len(reused), num_answers))
 
 
 class TimingsInSeconds(BaseModel):

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 
-from runtime.server.errors import closing, error_responses
+from runtime.server.errors import error_responses
 from runtime.server.service import Service, service_of
 
 router = APIRouter(tags=["operation"])
@@ -33,9 +33,8 @@ async def health() -> Health:
 
 @router.get("/ready", responses=error_responses(HTTPStatus.SERVICE_UNAVAILABLE))
 async def ready(service: Annotated[Service, Depends(service_of)]) -> Readiness:
-    """Whether requests are taken; 503 while the process shuts down."""
-    if not service.ready:
-        raise closing()
+    """Whether requests are taken; 503 while the process shuts down, or after its engine failed."""
+    service.check_ready()
     return Readiness()
 
 

@@ -1,6 +1,7 @@
 """A bound on a request's body: its size, whatever its headers say, and the time in which it has to arrive.
 
-A middleware, which reads the body before anything else does. (Starlette's own limit answers in plain text.)
+Middlewares: `OneLength` refuses what is ambiguous, and `BodyLimit` reads the body before any route does. (Starlette's
+own limit answers in plain text.)
 """
 
 import asyncio
@@ -10,12 +11,37 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.server.errors import ApiError
-from runtime.server.request_log import record_of
+from runtime.server.request_log import refuse
 
 BODY_TIMEOUT = 30.0
 """Seconds."""
 _MAX_DISCARDED = 64 << 20
 _DISCARD_TIMEOUT = 5.0
+
+
+class OneLength:
+    """Refuses a request that says in two ways where its body ends.
+
+    What stands in front of the server may have gone by the other one, and so take a part of this body for a request of
+    somebody else's (RFC 9112, 6.1).
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 400 and close the connection."""
+        if scope["type"] == "http":
+            headers = Headers(scope=scope)
+            if "transfer-encoding" in headers and "content-length" in headers:
+                error = ApiError(
+                    HTTPStatus.BAD_REQUEST,
+                    "the request has both Transfer-Encoding and Content-Length; send one of them",
+                    code="ambiguous_length",
+                    headers={"Connection": "close"},
+                )
+                return await refuse(error, scope, receive, send)
+        await self._app(scope, receive, send)
 
 
 class BodyLimit:
@@ -36,9 +62,9 @@ class BodyLimit:
         except TimeoutError:
             late = f"the body did not arrive within {BODY_TIMEOUT:g} s"
             error = ApiError(HTTPStatus.REQUEST_TIMEOUT, late, code="body_timeout", headers={"Connection": "close"})
-            return await _answer(error, scope, receive, send)
+            return await refuse(error, scope, receive, send)
         except ApiError as error:
-            return await _answer(error, scope, receive, send)
+            return await refuse(error, scope, receive, send)
         if body is None:
             return None  # the client left; nobody is there to be answered
         first: Message | None = {"type": "http.request", "body": body, "more_body": False}
@@ -79,11 +105,6 @@ class BodyLimit:
             code="body_too_large",
             headers={"Connection": "close"},
         )
-
-
-async def _answer(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
-    record_of(scope).failed(error)
-    await error.response()(scope, receive, send)
 
 
 async def _discard(receive: Receive) -> None:

@@ -47,15 +47,37 @@ class _PrometheusMaker:
         return Histogram(f"{name}_seconds", what, labels, buckets=buckets, registry=self.registry)
 
 
-class ServerMetrics(SchedulerObserver):
-    """The metrics; give it to the engine as its observer, and to `create_app`."""
+class HttpMetrics:
+    """The metrics of an application whose engines are elsewhere: HTTP requests, and the process."""
 
     def __init__(self, maker: MetricMaker | None = None) -> None:
         """`maker` makes them; None makes those of prometheus-client, in `registry`."""
         self.registry = CollectorRegistry()
         ProcessCollector(registry=self.registry)
-        maker = maker or _PrometheusMaker(self.registry)
-        counter, gauge, seconds = maker.counter, maker.gauge, maker.seconds
+        self._maker = maker or _PrometheusMaker(self.registry)
+        counter, seconds = self._maker.counter, self._maker.seconds
+        self._http = counter("c2c_http_requests", "HTTP requests by route and status", "path", "status")
+        self._http_time = seconds("c2c_http_request", "HTTP requests from first to last byte", _REQUEST_BUCKETS, "path")
+
+    def answered(self, path: str, status: int, seconds: float) -> None:
+        """An HTTP request was answered; `path` is its route's."""
+        self._http.labels(path, str(status)).inc()
+        self._http_time.labels(path).observe(seconds)
+
+    def refused(self) -> None:
+        """A generation was refused, as there was no room for it. Counted where the engine's are."""
+
+    def read_engine(self, engine: ServedEngine) -> None:
+        """Look at what the engine holds at this moment; nothing here."""
+
+
+class ServerMetrics(HttpMetrics, SchedulerObserver):
+    """All metrics; give it to the engine as its observer, and to `create_app`."""
+
+    def __init__(self, maker: MetricMaker | None = None) -> None:
+        """As `HttpMetrics`."""
+        super().__init__(maker)
+        counter, gauge, seconds = self._maker.counter, self._maker.gauge, self._maker.seconds
 
         self._queue = gauge("c2c_queue_length", "Requests that wait for a slot")
         self._slots = gauge("c2c_slots", "Slots of the engine by state", "state")
@@ -71,8 +93,6 @@ class ServerMetrics(SchedulerObserver):
         self._sharer = seconds("c2c_sharer_prefill", "A prompt's prefill in the sharers", _PREFILL_BUCKETS)
         self._receiver = seconds("c2c_receiver_prefill", "A prompt's prefill in the receiver", _PREFILL_BUCKETS)
         self._fuse = seconds("c2c_fuse", "A prompt's fusing", _PREFILL_BUCKETS)
-        self._http = counter("c2c_http_requests", "HTTP requests by route and status", "path", "status")
-        self._http_time = seconds("c2c_http_request", "HTTP requests from first to last byte", _REQUEST_BUCKETS, "path")
         # So that rates are right from the first request on.
         for outcome in ("stop", "length", "failed", *_OUTCOMES.values()):
             self._requests.labels(outcome)
@@ -126,16 +146,10 @@ class ServerMetrics(SchedulerObserver):
         self._num_decoding = num_decoding
         self._cached.set(cached_bytes)
 
-    def answered(self, path: str, status: int, seconds: float) -> None:
-        """An HTTP request was answered; `path` is its route's."""
-        self._http.labels(path, str(status)).inc()
-        self._http_time.labels(path).observe(seconds)
-
     def read_engine(self, engine: ServedEngine) -> None:
         """Set the gauges to what the engine holds at this moment."""
         self._queue.set(engine.num_waiting)
-        # An engine that passes requests on to others may have more than the slots of one.
-        active = min(engine.num_active, engine.num_slots)
+        active = engine.num_active
         decoding = min(self._num_decoding, active)
         self._slots.labels("decoding").set(decoding)
         self._slots.labels("prefilling").set(active - decoding)

@@ -43,8 +43,8 @@ def _json_of(model: type[BaseModel]) -> dict[str, Any]:
     }
 
 
-def complete_document(app: FastAPI, served: ServedModels) -> None:
-    """Let the document of `app` have the schema of a stream's chunks, and the models that there are."""
+def complete_document(app: FastAPI, served: ServedModels, max_priority: int) -> None:
+    """Let the document of `app` have the schema of a stream's chunks, the models that there are, and the priorities."""
     generate = app.openapi
     _, chunks = models_json_schema([(ChatChunk, "serialization")], ref_template=_SCHEMA)
 
@@ -53,7 +53,10 @@ def complete_document(app: FastAPI, served: ServedModels) -> None:
         schemas = document["components"]["schemas"]
         schemas |= {name: schema for name, schema in chunks["$defs"].items() if name not in schemas}
         for request in ("ChatRequest", "CompletionRequest"):
-            schemas[request]["properties"]["model"]["enum"] = list(served.names)
+            fields = schemas[request]["properties"]
+            fields["model"]["enum"] = list(served.names)
+            number = next(kind for kind in fields["priority"]["anyOf"] if kind["type"] == "integer")
+            number["maximum"] = max_priority
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]  # as FastAPI's manual has it

@@ -22,13 +22,14 @@ except ImportError as error:
         f"Ray Serve cannot be imported ({error}); install it on every node with: pip install 'c2c-export[ray]'"
     ) from error
 
-from runtime.server.affinity import SessionIdMiddleware
 from runtime.server.app import create_app
 from runtime.server.logs import log_as_json
-from runtime.server.ray_arguments import RayArguments
-from runtime.server.ray_config import INGRESS, PIPELINE, deployment_options, sharer_deployment
-from runtime.server.replicas import PipelineReplica, SharerReplica
-from runtime.server.replicated_engine import ReplicatedEngine
+from runtime.server.metrics import HttpMetrics
+from runtime.server.ray.affinity import SessionIdMiddleware
+from runtime.server.ray.arguments import RayArguments
+from runtime.server.ray.config import INGRESS, PIPELINE, deployment_options, sharer_deployment
+from runtime.server.ray.replicas import PipelineReplica, SharerReplica
+from runtime.server.ray.replicated_engine import ReplicatedEngine
 
 
 @serve.ingress()
@@ -44,7 +45,7 @@ class Ingress:
         settings = self._arguments.settings_with_keys()
         log_as_json(sys.stdout, self._arguments.log_level, prompts=settings.log_prompts)
         engine = await ReplicatedEngine.connect(Bundle.open(self._arguments.bundle), self._pipeline)
-        app = create_app(engine, settings)
+        app = create_app(engine, settings, HttpMetrics())  # the engines' own are told to Ray
         app.add_middleware(SessionIdMiddleware)
         return app
 

@@ -18,7 +18,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from runtime.generation import Generation
 from runtime.request import new_request_id
 from runtime.server.errors import CLIENT_GONE, ApiError, as_api_error
-from runtime.server.metrics import ServerMetrics
+from runtime.server.generation_parts import num_cached_tokens
+from runtime.server.metrics import HttpMetrics
 
 log = logging.getLogger("c2c_export.server")
 _RECORD = "c2c_export.record"
@@ -55,7 +56,7 @@ class RequestRecord:
         """Note the answers to prompts with `num_answers` each; `with_text` also what they say."""
         self.choices = len(generations)
         self.prompt_tokens = sum(generation.num_prompt_tokens for generation in generations[::num_answers])
-        self.reused_tokens = sum(generation.num_reused_tokens for generation in generations[::num_answers])
+        self.reused_tokens = num_cached_tokens(generations, num_answers)
         self.completion_tokens = sum(len(generation.token_ids) for generation in generations)
         self.finish_reasons = [generation.finish_reason for generation in generations]
         self.timings = {name: round(spent, 6) for name, spent in asdict(generations[0].timings).items()}
@@ -74,10 +75,16 @@ def record_of(scope: Scope) -> RequestRecord:
     return record
 
 
+async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer a request with what a middleware has against it, and note that."""
+    record_of(scope).failed(error)
+    await error.response()(scope, receive, send)
+
+
 class RequestLog:
     """See the module's docstring."""
 
-    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
         self._app = app
         self._metrics = metrics
 

@@ -8,7 +8,7 @@ from runtime.request import Request
 from runtime.sampling import SamplingParams
 from runtime.server.chat_request import ChatRequest
 from runtime.server.completion_request import CompletionRequest
-from runtime.server.errors import closing, invalid_request
+from runtime.server.errors import invalid_request
 from runtime.server.service import Service
 
 _CHARACTERS_PER_TOKEN = 32
@@ -27,8 +27,7 @@ def engine_requests(
     `tokens_field` is the body's name for the tokens to generate. Raises an `ApiError` that names the field for what
     this server does not serve.
     """
-    if service.closing:
-        raise closing()
+    service.check_ready()
     settings = service.settings
     sharers = service.models.sharers_for(body.model, body.fuse, body.sharers)
     check_num_answers(service, body, len(prompts))
@@ -38,6 +37,10 @@ def engine_requests(
     if given and wanted is not None and limit is not None and wanted > limit:
         message = f"{wanted} is not allowed; this server generates at most {limit} tokens"
         raise invalid_request(f"{tokens_field}: {message}", tokens_field)
+    priority = body.priority
+    if priority is not None and priority > settings.max_priority:
+        message = f"{priority} is not allowed; this server takes at most {settings.max_priority}"
+        raise invalid_request(f"priority: {message}", "priority")
     return [
         Request(
             prompt=prompt,
@@ -49,7 +52,7 @@ def engine_requests(
             stop=body.stops,
             sampling=_sampling(body, index),
             logprobs=body.num_alternatives,
-            priority=body.priority or 0,
+            priority=min(0, settings.max_priority) if priority is None else priority,
             deadline=_least(body.deadline, settings.timeout),
             client=client,
         )

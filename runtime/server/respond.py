@@ -68,6 +68,7 @@ class Call:
         record, engine = self.record, self.service.engine
         record.model, record.stream, record.choices = self.body.model, bool(self.body.stream), len(self.requests)
         try:
+            self.service.check_places(len(self.requests))
             if not self.body.stream:
                 generations = await while_connected(self.http, whole_answers(engine, self.requests))
                 self._done(generations)

@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import uvicorn
@@ -55,11 +55,17 @@ class ServeOptions:
     settings: ServerSettings = field(default_factory=ServerSettings)
     drain: float = 30.0
     """Seconds that running requests have to finish when the process is told to end."""
+    max_connections: int = 1000
+    """Idle ones included; what comes beyond them is answered with a 503."""
     log_level: str = "info"
 
     def __post_init__(self) -> None:
         if not 0 <= self.drain < float("inf"):
             raise UsageError(f"drain: {self.drain!r} is not allowed; expected a number of seconds, 0 or more")
+        if self.max_connections < 1:
+            raise UsageError(
+                f"max_connections: {self.max_connections} is not allowed; expected an integer of at least 1"
+            )
         if self.log_level not in LEVELS:
             raise UsageError(f"log_level: {self.log_level!r} is not allowed; expected one of {', '.join(LEVELS)}")
 
@@ -82,7 +88,8 @@ def serve(options: ServeOptions, tell: Callable[[str], None]) -> None:
             options=options.scheduler,
             observer=metrics,
         )
-        app = create_app(engine, options.settings, metrics)
+        settings = replace(options.settings, max_waiting=options.scheduler.max_waiting)
+        app = create_app(engine, settings, metrics)
         if "auto" in (options.engine, options.precision):
             tell(f"engine: {engine.engine_choice.reason}")
         # Only now, so that clients that come too early are refused rather than kept waiting.
@@ -90,12 +97,14 @@ def serve(options: ServeOptions, tell: Callable[[str], None]) -> None:
             listener.listen(_BACKLOG)
         tell(f"Serving {engine.bundle.root} at {_url(listener)}; Ctrl-C ends it")
         log_as_json(sys.stdout, options.log_level, prompts=options.settings.log_prompts)
-        asyncio.run(_run(app, engine, listener, options.drain))
+        asyncio.run(_run(app, engine, listener, options.drain, options.max_connections))
 
 
-async def _run(app: FastAPI, engine: AsyncC2CEngine, listener: socket.socket, drain: float) -> None:
+async def _run(
+    app: FastAPI, engine: AsyncC2CEngine, listener: socket.socket, drain: float, max_connections: int
+) -> None:
     """Serve until a signal comes or the engine fails. Raises `C2CError` in the latter case."""
-    server = _Server(_config(app))
+    server = _Server(_config(app, max_connections))
     told, told_again = asyncio.Event(), asyncio.Event()
 
     def stop() -> None:
@@ -132,7 +141,7 @@ async def _first_of(*tasks: asyncio.Task[Any]) -> None:
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
 
 
-def _config(app: FastAPI) -> uvicorn.Config:
+def _config(app: FastAPI, max_connections: int) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         http="h11",  # always there; with others a request might be read in another way on another machine
@@ -143,6 +152,7 @@ def _config(app: FastAPI) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        limit_concurrency=max_connections + 1,  # uvicorn counts the one that it refuses
         timeout_graceful_shutdown=_LAST_ANSWERS,
     )
 

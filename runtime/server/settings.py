@@ -12,6 +12,7 @@ from c2c_export.errors import UsageError
 DEFAULT_MAX_BODY = 1 << 20
 DEFAULT_TIMEOUT = 600.0
 DEFAULT_MAX_CHOICES = 64
+MAX_PRIORITY = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,11 @@ class ServerSettings:
     """Answers of one request: prompts times `n`."""
     timeout: float | None = DEFAULT_TIMEOUT
     """Seconds that a request may take, waiting included; None is without end."""
+    max_waiting: int | None = None
+    """Requests that may wait in the engine; None where that is not known. Where it is, the answers of one request begin
+    together or not at all."""
+    max_priority: int = 0
+    """The highest priority that a client may ask for."""
     log_prompts: bool = False
     """Log what was asked and answered."""
 
@@ -44,6 +50,12 @@ class ServerSettings:
         _check_count("max_choices", self.max_choices)
         if self.max_tokens is not None:
             _check_count("max_tokens", self.max_tokens)
+        if self.max_waiting is not None and self.max_waiting < 0:
+            raise UsageError(f"max_waiting: {self.max_waiting} is not allowed; expected 0 or more")
+        if not -MAX_PRIORITY <= self.max_priority <= MAX_PRIORITY:
+            raise UsageError(
+                f"max_priority: {self.max_priority} is not allowed; expected -{MAX_PRIORITY} to {MAX_PRIORITY}"
+            )
         if self.timeout is not None and not (math.isfinite(self.timeout) and self.timeout > 0):
             raise UsageError(f"timeout: {self.timeout!r} is not allowed; expected a number of seconds above 0")
 

@@ -12,7 +12,7 @@ import { Side } from "./side.js";
 
 const CHECK_EVERY = 10_000;
 /** Errors that say how the server is; the others are one answer's own. */
-const STATES = ["key", "busy", "draining", "unreachable"];
+const STATES = ["key", "busy", "draining", "broken", "unreachable"];
 const WIDE = matchMedia("(min-width: 64rem)");
 const byId = (id) => document.getElementById(id);
 

@@ -12,6 +12,7 @@ import { readEvents } from "./events.js";
  *   key          the server asks for an API key, or knows this one not
  *   busy         its queue is full: try again after `retryAfter` seconds
  *   draining     it is shutting down
+ *   broken       its engine failed: it takes no questions until it is started anew
  *   unreachable  nothing answered
  *   full         the prompt, and the answer asked for, exceed what the models hold
  *   refused      the request was wrong, or took too long
@@ -102,6 +103,7 @@ async function readError(response) {
     case 429:
       return new ServerError("busy", "The server is busy: more requests wait than its queue holds.", retryAfter ?? 1);
     case 503:
+      if (code === "engine_failed") return new ServerError("broken", "The server's engine failed. It answers again once it is started anew.", retryAfter);
       return new ServerError("draining", "The server is shutting down and takes no more questions.", retryAfter);
     case 408:
       return new ServerError("refused", "The server did not finish within its time limit.");

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -68,6 +69,24 @@ def test_a_key_that_no_header_can_carry_is_refused(key: str):
         ServerSettings(api_keys=(key,))
 
 
+def test_without_a_key_no_body_is_waited_for(guarded: Served):
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n"
+    # Closed by the server: without a body the connection cannot go on.
+    answer = raw(guarded, head + b"Expect: 100-continue\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 401 ")
+    begun = time.monotonic()
+    with socket.create_connection(("127.0.0.1", int(guarded.url.rsplit(":", 1)[1])), timeout=20) as connection:
+        connection.sendall(head + b"\r\n{")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 401 ")
+        # What is left of it is passed over, and the next request answered.
+        connection.sendall(b" " * 999_999 + b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        received = b""
+        while piece := connection.recv(65536):
+            received += piece
+    assert b"HTTP/1.1 200 " in received
+    assert time.monotonic() - begun < limits.BODY_TIMEOUT / 2
+
+
 # --- bodies ---
 
 
@@ -126,6 +145,14 @@ def test_a_length_that_is_none_is_refused(length: bytes, small: Served):
     assert answer.split(b" ")[1] in (b"400", b"413")
 
 
+def test_a_body_with_two_lengths_is_refused_and_the_connection_closed(small: Served):
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer = raw(small, head + b"0\r\n\r\nGET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b'"code":"ambiguous_length"' in answer
+
+
 def test_a_body_longer_than_its_length_is_cut(small: Served):
     content = json.dumps(CHAT).encode()
     head = (
@@ -174,12 +201,26 @@ def test_more_answers_than_allowed_are_refused(small: Served):
         assert "at most 3" in refused(client.post(CHATS, json=CHAT | {"n": 4}), 400)["message"]
 
 
+def test_a_higher_priority_than_allowed_is_refused(small: Served, engine: AsyncC2CEngine):
+    with small.http() as client:
+        error = refused(client.post(CHATS, json=CHAT | {"priority": 1}), 400)
+        assert (error["param"], error["message"]) == (
+            "priority",
+            "priority: 1 is not allowed; this server takes at most 0",
+        )
+        assert client.post(CHATS, json=CHAT | {"priority": -100}).status_code == 200
+    for most, priority, status in ((7, 7, 200), (7, 8, 400), (-5, None, 200), (-5, 0, 400)):
+        with served_here(engine, model_name="m", max_priority=most) as served, served.http() as client:
+            assert client.post(CHATS, json=CHAT | {"priority": priority}).status_code == status
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"max_tokens": 257}, "max_tokens: 257 is more than the bundle's capacity of 256"),
         ({"max_tokens": 0}, "max_tokens: 0 is not allowed"),
         ({"max_body": 0}, "max_body: 0 is not allowed"),
+        ({"max_priority": 101}, "max_priority: 101 is not allowed"),
         ({"max_choices": 0}, "max_choices: 0 is not allowed"),
         ({"timeout": 0.0}, "timeout: 0.0 is not allowed"),
         ({"model_name": ""}, "model_name: '' is not allowed"),
@@ -218,7 +259,7 @@ def crowded(recorded_bundle: Callable[[str], Path]) -> Iterator[tuple[Served, As
         observer=metrics,
     )
     try:
-        with served_here(engine, metrics, model_name="m") as served:
+        with served_here(engine, metrics, model_name="m", max_waiting=4) as served:
             yield served, engine
     finally:
         engine.close_and_wait(drain_seconds=0)
@@ -272,7 +313,46 @@ def test_one_refused_answer_of_several_refuses_all(crowded: tuple[Served, AsyncC
         response = client.post(CHATS, json=body)
     refused(response, 429)
     wait_until(lambda: engine.num_active == engine.num_waiting == 0)
-    assert served.metric("c2c_requests_total", outcome="length") == 0
+    counted = served.metrics()
+    assert counted["c2c_refused_total"] == 30
+    # None was begun, and none ended early.
+    assert not any(counted[f'c2c_requests_total{{outcome="{outcome}"}}'] for outcome in ("length", "aborted"))
+
+
+def test_several_answers_are_begun_together_or_not_at_all(
+    crowded: tuple[Served, AsyncC2CEngine], monkeypatch: pytest.MonkeyPatch
+):
+    served, engine = crowded
+    assert served.app is not None
+    release = threading.Event()
+    # The engine stands still at the first token that follows another one.
+    monkeypatch.setattr(served.app.state.service.metrics, "next_token", lambda _: release.wait(20))
+    long: dict[str, Any] = CHAT | {"max_tokens": None, "ignore_eos": True, "stream": True}
+    with served.http() as client, client.stream("POST", CHATS, json=long | {"n": 4}) as running:
+        next(running.iter_lines())
+        wait_until(lambda: (engine.num_active, engine.num_waiting) == (2, 2))
+        # Two more may wait.
+        error = refused(client.post(CHATS, json=CHAT | {"n": 3}), 429)
+        assert error["message"].startswith("3 answers are asked for, and 2 more may wait or be served now")
+        assert (engine.num_active, engine.num_waiting) == (2, 2)
+        release.set()
+        assert client.post(CHATS, json=CHAT | {"n": 2}).status_code == 200
+
+
+def test_without_a_prefix_cache_nothing_tells_what_others_asked(recorded_bundle: Callable[[str], Path]):
+    options = SchedulerOptions(prefix_cache_bytes=0)
+    engine = AsyncC2CEngine.from_bundle(
+        recorded_bundle(PAIR), num_slots=2, num_threads=1, allow_unchecked=True, options=options
+    )
+    try:
+        with served_here(engine, model_name="m") as served, served.http() as client:
+            body = CHAT | {"messages": [{"role": "user", "content": "a secret of one tenant's, long enough"}], "n": 2}
+            for _ in range(3):
+                out = client.post(CHATS, json=body).json()
+                assert out["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+                assert out["c2c"]["reused_tokens"] == 0
+    finally:
+        engine.close_and_wait(drain_seconds=0)
 
 
 def test_a_key_is_the_client_that_takes_turns_else_the_user_is(engine: AsyncC2CEngine, monkeypatch: pytest.MonkeyPatch):

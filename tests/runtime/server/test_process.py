@@ -15,12 +15,12 @@ from typing import Any
 import httpx2
 import pytest
 from command_line import RunCli
-from served import ROOT, Served, refused, served_process, wait_until
+from served import ROOT, Served, refused, served_here, served_process, wait_until
 
 from runtime import C2CError, C2CPipeline
 from runtime.async_engine import AsyncC2CEngine
 from runtime.server import serve
-from runtime.server.app import create_app
+from runtime.server.app import begin_closing, create_app
 from runtime.server.settings import ServerSettings
 
 PAIR = "qwen3_from_llama_aligned"
@@ -188,8 +188,28 @@ def test_when_the_engine_fails_for_good_the_process_ends_with_an_error(bundle: P
         url = f"http://127.0.0.1:{listener.getsockname()[1]}{CHATS}"
         asked = threads.submit(httpx2.post, url, json=long(0), timeout=30)
         with pytest.raises(C2CError, match="the engine failed and cannot go on"):
-            asyncio.run(serve._run(app, engine, listener, drain=30))
+            asyncio.run(serve._run(app, engine, listener, drain=30, max_connections=10))
         assert refused(asked.result(), 500)["code"] == "engine_failed"
+    # Begun to close it is not shutting down to whoever asks.
+    with served_here(engine) as served, served.http() as client:
+        for closing in (False, True):
+            if closing:
+                begin_closing(served.app)
+            assert refused(client.get("/ready"), 503)["code"] == "engine_failed"
+            late = client.post(CHATS, json=long(1))
+            assert refused(late, 503)["code"] == "engine_failed"
+            assert int(late.headers["retry-after"]) >= 1
+            assert client.get("/health").status_code == 200
+
+
+def test_more_connections_than_allowed_are_refused(bundle: Path):
+    with served_process(bundle, "--allow-unchecked", "--max-connections", 2) as served:
+        address = ("127.0.0.1", int(served.url.rsplit(":", 1)[1]))
+        with socket.create_connection(address), served.http() as second:
+            assert second.get("/health").status_code == 200
+            assert httpx2.get(f"{served.url}/health").status_code == 503
+            assert second.get("/health").status_code == 200
+        wait_until(lambda: httpx2.get(f"{served.url}/health").status_code == 200)
 
 
 # --- the start ---
@@ -221,6 +241,8 @@ def test_a_port_in_use_is_named_and_the_bundle_not_loaded(bundle: Path, run_cli:
         (("--host", "no.such.host.invalid"), "--host no.such.host.invalid: no such address"),
         (("--drain", "-1"), "drain: -1.0 is not allowed"),
         (("--log-level", "loud"), "log_level: 'loud' is not allowed; expected one of debug, info, warning, error"),
+        (("--max-priority", "101"), "max_priority: 101 is not allowed; expected -100 to 100"),
+        (("--max-connections", "0"), "max_connections: 0 is not allowed"),
         (("--max-tokens", "0"), "max_tokens: 0 is not allowed"),
         (("--max-body", "0"), "max_body: 0 is not allowed"),
         (("--timeout", "-1"), "timeout: -1.0 is not allowed"),

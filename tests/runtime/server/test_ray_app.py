@@ -29,9 +29,11 @@ from ray.serve.scripts import cli as serve_command
 from c2c_export.bundle import Bundle
 from runtime import AbortedError, C2CPipeline, DeadlineError, Generation, Request, SamplingParams, UsageError
 from runtime.prompt import ModelTokens
-from runtime.server.ray_config import INGRESS, ray_arguments, ray_config_of
-from runtime.server.remote_sharers import RemoteSharers
-from runtime.server.replicated_engine import ReplicatedEngine
+from runtime.server.ray import replica_calls
+from runtime.server.ray.config import INGRESS, ray_arguments, ray_config_of
+from runtime.server.ray.remote_sharers import RemoteSharers
+from runtime.server.ray.replica_calls import ReplicaLostError
+from runtime.server.ray.replicated_engine import ReplicatedEngine
 from runtime.server.serve import ServeOptions
 from runtime.sharer_engine import SharerEngine
 
@@ -318,6 +320,34 @@ def test_rays_agents_export_the_engines_metrics(deployed: Deployed):
     names = ("c2c_time_to_first_token_seconds_bucket", "c2c_generated_tokens_total", "c2c_fuse_seconds_count")
     wait_until(lambda: all(f"ray_{name}" in exported() for name in names), 20)
     assert any('application="whole"' in line for line in exported().splitlines() if names[0] in line)
+
+
+def test_an_ingress_tells_of_http_requests_and_of_no_engine(deployed: Deployed):
+    told = urllib.request.urlopen(f"{deployed.url}/whole/metrics").read().decode()
+    names = {line.split("{")[0].split(" ")[0] for line in told.splitlines() if line.startswith("c2c_")}
+    assert names
+    assert all(name.startswith("c2c_http_") for name in names)
+
+
+def test_a_request_that_is_aborted_between_two_tries_is_not_tried_again(
+    deployed: Deployed, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(replica_calls, "PAUSES", (60.0,))
+
+    async def ask(engine: ReplicatedEngine) -> None:
+        request = asked("why?", max_new_tokens=200)
+        answer = asyncio.create_task(engine.generate(request))
+        await asyncio.sleep(0)
+        [call] = engine._calls.values()
+        call.response = None
+        answering = asyncio.create_task(call.pause_after(ReplicaLostError("it died")))
+        await asyncio.sleep(0)
+        assert engine.abort(request.request_id)
+        with pytest.raises(AbortedError):
+            await asyncio.wait_for(answering, 5)
+        answer.cancel()
+
+    deployed.ask("whole", ask)
 
 
 @each_layout

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 from chat_page import SIDES, ChatPage
 from playwright.sync_api import Browser, expect
 from served import Served, served_here, wait_until
 
+from runtime.async_engine import AsyncC2CEngine
 from runtime.server.app import begin_closing
 
 pytestmark = pytest.mark.xdist_group("two_sharers_parallel")
@@ -150,6 +152,29 @@ def test_a_server_that_shuts_down_says_so_and_can_be_asked_again(open_page: Open
         chat.wait_until_ready()
         expect(chat.note("c2c")).to_be_empty()
         expect(chat.note("receiver")).to_have_text("The server is shutting down and takes no more questions.")
+
+
+def test_a_server_whose_engine_failed_says_so(
+    open_page: OpenPage, recorded_bundle: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = AsyncC2CEngine.from_bundle(
+        recorded_bundle("two_sharers_parallel"), num_slots=2, num_threads=1, allow_unchecked=True
+    )
+
+    def fail() -> bool:
+        raise RuntimeError("the driver is gone")
+
+    said = "The server's engine failed. It answers again once it is started anew."
+    with served_here(engine) as served:
+        chat = open_page(served)
+        chat.visit.expected_statuses = {500, 503}
+        chat.wait_until_ready()
+        monkeypatch.setattr(engine._scheduler, "step", fail)
+        chat.ask("Name a lake.", 5)
+        chat.ask("Name a lake.", 5)
+        for side in SIDES:
+            expect(chat.note(side)).to_have_text(said)
+        expect(chat.state).to_have_text(said)
 
 
 def test_the_state_is_looked_at_while_nothing_is_asked(open_page: OpenPage, server: Served) -> None:

@@ -1,8 +1,8 @@
 """What the Ray Serve application is told: the bundle, the engine, the layout, and the settings of its HTTP side.
 
-In: the `args` of an application in a Serve configuration, which `runtime.server.ray_config` writes. Out: checked
+In: the `args` of an application in a Serve configuration, which `runtime.server.ray.config` writes. Out: checked
 values. Not covered: how many replicas there are, and on what, which is Serve's (`deployment_options` in
-`runtime.server.ray_config`).
+`runtime.server.ray.config`).
 """
 
 import os

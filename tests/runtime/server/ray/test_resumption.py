@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from runtime import C2CError, Chunk, Generation, Timings, TokenLogprob
-from runtime.server.resumption import Resumption
+from runtime.server.ray.resumption import Resumption
 
 TEXT = "Paris – the city of light, it is. 𝕏"
 WHOLE = Generation(TEXT, list(range(len(TEXT))), "stop", Timings(0.0, 0.0, 0.0, 0.0, 0.0))

@@ -15,13 +15,13 @@ from c2c_export.bundle import Bundle, read_manifest
 from c2c_export.errors import UsageError
 from engines.cores import physical_cores
 from engines.select import AUTO, ORT_CPU, wanted_engines
-from runtime.server.ray_arguments import API_KEYS, Layout, RayArguments
+from runtime.server.ray.arguments import API_KEYS, Layout, RayArguments
 from runtime.server.serve import ServeOptions
 
 INGRESS = "Ingress"
 PIPELINE = "Pipeline"
 IMPORT_PATH = "runtime.server.ray_app:build"
-_ROUTER = "runtime.server.conversation_router.ConversationRouter"
+_ROUTER = "runtime.server.ray.conversation_router.ConversationRouter"
 _MAX_REPLICAS = 4
 _MAX_QUEUED = 256
 """Requests that an ingress holds for one deployment while all its replicas are full; beyond it clients get 429."""

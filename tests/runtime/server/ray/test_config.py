@@ -13,7 +13,7 @@ from ray.serve.schema import ServeDeploySchema
 
 from engines.cores import physical_cores
 from runtime import C2CError, UsageError
-from runtime.server.ray_arguments import RayArguments
+from runtime.server.ray.arguments import RayArguments
 
 PAIR = "llama_from_gemma3_aligned"
 TWO_SHARERS = "two_sharers_parallel"

@@ -1,13 +1,14 @@
 """`ReplicatedEngine`: to the HTTP application what an `AsyncC2CEngine` is, over replicas of it in a Ray cluster.
 
 In: requests, and the handle of a Serve deployment whose replicas each hold an `AsyncC2CEngine`
-(`runtime.server.replicas`). Out: answers and errors as those of one engine. The requests of one conversation go to one
-replica as long as it lives and has room. A replica that dies loses none of them: they are generated again by another
-one, a stream goes on behind what was delivered. Not covered: the death of the process that holds this engine, which
-breaks its clients' connections.
+(`runtime.server.ray.replicas`). Out: answers and errors as those of one engine. The requests of one conversation go to
+one replica as long as it lives and has room. A replica that dies loses none of them: they are generated again by
+another one, a stream goes on behind what was delivered. Not covered: the death of the process that holds this engine,
+which breaks its clients' connections.
 """
 
 import asyncio
+import contextlib
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Iterator
@@ -22,9 +23,9 @@ from engines.select import EngineChoice
 from runtime.bundle_planner import BundlePlanner
 from runtime.generation import Chunk, Generation
 from runtime.request import AbortedError, ClosedError, DeadlineError, Request
-from runtime.server.affinity import affinity_key
-from runtime.server.replica_calls import LostReplicas, ReplicaLostError, own_error
-from runtime.server.resumption import Resumption
+from runtime.server.ray.affinity import affinity_key
+from runtime.server.ray.replica_calls import LostReplicas, ReplicaLostError, own_error
+from runtime.server.ray.resumption import Resumption
 
 _GRACE = 1.0
 """Seconds behind a request's deadline in which its replica may still say itself that it passed."""
@@ -62,7 +63,7 @@ class ReplicatedEngine:
             try:
                 return cls(bundle, replicas, await _result(replicas.facts.remote(), replicas.deployment_name))
             except ReplicaLostError as error:
-                lost.add(error)
+                await asyncio.sleep(lost.add(error))
 
     @property
     def num_active(self) -> int:
@@ -98,7 +99,7 @@ class ReplicatedEngine:
                     call.response = None
                     return generation
                 except ReplicaLostError as error:
-                    call.lost.add(error)
+                    await call.pause_after(error)
 
     async def stream(self, request: Request) -> AsyncGenerator[Chunk, None]:
         """The answer in pieces, as `AsyncC2CEngine.stream` gives it; closing the generator early aborts the request."""
@@ -119,7 +120,7 @@ class ReplicatedEngine:
                         if chunk.generation is not None:
                             return
                 except ReplicaLostError as error:
-                    call.lost.add(error)
+                    await call.pause_after(error)
 
     def abort(self, request_id: str) -> bool:
         """End a request with an `AbortedError`; whether it was there."""
@@ -161,8 +162,9 @@ class _Call:
         self._request = _repeatable(request)
         self._started = time.monotonic()
         self._ended_with: Exception | None = None
+        self._ended = asyncio.Event()
+        self._lost = LostReplicas(f"request {request.request_id}")
         self.key = affinity_key(request)
-        self.lost = LostReplicas(f"request {request.request_id}")
         self.response: Any = None
         """What Serve gave for it; None once nothing is at work on it."""
 
@@ -185,9 +187,24 @@ class _Call:
         except Exception as error:
             raise (self._ended_with or error) from error
 
+    async def pause_after(self, error: ReplicaLostError) -> None:
+        """Wait until the request may be sent again, not beyond its deadline.
+
+        Raises `C2CError` where it is given up, and what it was aborted with meanwhile.
+        """
+        self.response = None
+        pause, deadline = self._lost.add(error), self._request.deadline
+        if deadline is not None:
+            pause = min(pause, max(self._seconds_left(deadline), 0))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._ended.wait(), pause)
+        if self._ended_with is not None:
+            raise self._ended_with
+
     def abort(self, error: Exception) -> None:
         """Let the request end with `error`."""
         self._ended_with = error
+        self._ended.set()
         self.cancel()
 
     def cancel(self) -> None:

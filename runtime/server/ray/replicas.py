@@ -1,8 +1,8 @@
 """What runs in the replicas of a Ray cluster: a whole pipeline, a pipeline without its sharers, or one sharer.
 
 In: what `RayArguments` says, and calls of Serve handles. Out: answers, and rows. Not covered: HTTP
-(`runtime.server.ray_app`), and the sides that call (`runtime.server.replicated_engine`,
-`runtime.server.remote_sharers`).
+(`runtime.server.ray_app`), and the sides that call (`runtime.server.ray.replicated_engine`,
+`runtime.server.ray.remote_sharers`).
 """
 
 import asyncio
@@ -14,7 +14,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
-from c2c_export.errors import C2CError
+from c2c_export.errors import C2CError, UsageError, reason_of
 from runtime.async_engine import AsyncC2CEngine
 from runtime.generation import Chunk, Generation
 from runtime.kept_rows import SharerRows
@@ -22,11 +22,14 @@ from runtime.prompt import ModelTokens
 from runtime.request import Request
 from runtime.server.logs import log_as_json
 from runtime.server.metrics import ServerMetrics
-from runtime.server.ray_arguments import RayArguments
-from runtime.server.ray_metrics import RayMetricMaker
-from runtime.server.remote_sharers import RemoteSharers
-from runtime.server.replicated_engine import ReplicaFacts
+from runtime.server.ray.arguments import RayArguments
+from runtime.server.ray.metrics import RayMetricMaker
+from runtime.server.ray.remote_sharers import RemoteSharers
+from runtime.server.ray.replicated_engine import ReplicaFacts
 from runtime.sharer_engine import SharerEngine
+
+_MAX_FAILURES = 3
+"""Prompts that fail one after the other: their own fault is not likely any more."""
 
 
 class PipelineReplica:
@@ -91,6 +94,8 @@ class SharerReplica:
     def __init__(self, arguments: RayArguments, number: int) -> None:
         """`number` is the sharer's."""
         _log(arguments)
+        self._failures: list[Exception] = []
+        """Since the last prompt that was read."""
         self._engine = SharerEngine.from_bundle(
             arguments.bundle,
             number,
@@ -104,7 +109,20 @@ class SharerReplica:
 
     async def prefill(self, tokens: ModelTokens) -> SharerRows:
         """The rows of `tokens`; what Ray hands over are arrays in its object store."""
-        return await asyncio.to_thread(self._engine.prefill, tokens)
+        try:
+            rows = await asyncio.to_thread(self._engine.prefill, tokens)
+        except UsageError:
+            raise  # the prompt's fault
+        except Exception as error:
+            self._failures.append(error)
+            raise
+        self._failures.clear()
+        return rows
+
+    def check_health(self) -> None:
+        """Serve calls this now and then, and replaces a replica where it raises: when prompt after prompt fails."""
+        if len(self._failures) >= _MAX_FAILURES:
+            raise C2CError(f"the last {len(self._failures)} prompts failed; {reason_of(self._failures[-1])}")
 
 
 def _log(arguments: RayArguments) -> None:

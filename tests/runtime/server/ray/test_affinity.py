@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from runtime import Message, Request
-from runtime.server.affinity import SessionIdMiddleware, affinity_key
+from runtime.server.ray.affinity import SessionIdMiddleware, affinity_key
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 QUESTION = {"role": "user", "content": "What is the capital of France?"}

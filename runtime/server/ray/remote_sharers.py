@@ -16,7 +16,7 @@ from ray.serve.handle import DeploymentHandle
 from runtime.kept_rows import SharerRows
 from runtime.prompt import ModelTokens
 from runtime.request import AbortedError
-from runtime.server.replica_calls import LostReplicas, ReplicaLostError, own_error
+from runtime.server.ray.replica_calls import LostReplicas, ReplicaLostError, own_error
 
 
 class RemoteSharers:
@@ -75,4 +75,4 @@ class RemoteSharers:
                 own = own_error(error, handle.deployment_name)
                 if not isinstance(own, ReplicaLostError):
                     raise own from error
-                lost.add(own)
+                await asyncio.sleep(lost.add(own))

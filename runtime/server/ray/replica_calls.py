@@ -20,10 +20,11 @@ from runtime.request import AbortedError, ClosedError, QueueFullError
 
 _log = logging.getLogger(__name__)
 
-MAX_LOST = 3
-"""A call is given up when so many replicas were lost over it: the call may be what kills them."""
-_LOST = (RayActorError, ObjectLostError, WorkerCrashedError, ReplicaUnavailableError, ClosedError)
-"""A replica died, cannot be reached, its answer went with its node, or it is being stopped."""
+PAUSES = (0.2, 1.0, 3.0)
+"""Seconds before a call is made again after the first, second and third lost replica, in which Serve may find out that
+it is gone and another one may start. With the next one the call is given up: it may be what kills them."""
+_LOST = (RayActorError, ObjectLostError, WorkerCrashedError, ReplicaUnavailableError)
+"""A replica died, cannot be reached, or its answer went with its node."""
 _SECONDS_TO_RETRY = 1.0
 
 
@@ -31,20 +32,28 @@ class ReplicaLostError(C2CError):
     """The replica that worked on a call was lost before it was done."""
 
 
+class ReplicaClosingError(ReplicaLostError):
+    """Serve is stopping the replica, which no call is to blame for."""
+
+
 class LostReplicas:
-    """Counts the replicas that were lost over one call."""
+    """Counts the replicas that were lost over one call, but for those that are being stopped."""
 
     def __init__(self, call: str) -> None:
         """`call` is what an error names."""
         self._call = call
         self._num_lost = 0
 
-    def add(self, error: ReplicaLostError) -> None:
-        """Note one more. Raises `C2CError` when the call is not to be made again."""
-        self._num_lost += 1
+    def add(self, error: ReplicaLostError) -> float:
+        """Note one more. Returns the seconds to wait; raises `C2CError` when the call is not to be made again."""
         _log.warning("a replica was lost", extra={"fields": {"call": self._call, "error": str(error)}})
-        if self._num_lost == MAX_LOST:
-            raise C2CError(f"{self._call}: {MAX_LOST} replicas were lost over it, it is given up; {error}") from error
+        if isinstance(error, ReplicaClosingError):
+            return PAUSES[0]
+        self._num_lost += 1
+        if self._num_lost > len(PAUSES):
+            what = f"{self._num_lost} replicas were lost over it, it is given up"
+            raise C2CError(f"{self._call}: {what}; {error}") from error
+        return PAUSES[self._num_lost - 1]
 
 
 def own_error(error: Exception, deployment: str) -> Exception:
@@ -56,6 +65,8 @@ def own_error(error: Exception, deployment: str) -> Exception:
         # Ray raises an error of two classes, whose text is the replica's traceback.
         cause = error.cause
         error = cause if isinstance(cause, Exception) else error
+    if isinstance(error, ClosedError):
+        return ReplicaClosingError(f"a replica of {deployment} was lost: {_first_line(error)}")
     if isinstance(error, _LOST):
         return ReplicaLostError(f"a replica of {deployment} was lost: {_first_line(error)}")
     if isinstance(error, C2CError):

@@ -15,7 +15,7 @@ from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
 from c2c_export.errors import PromptError, PromptTooLongError
 from runtime import AbortedError, BundleError, C2CError, ClosedError, DeadlineError, QueueFullError, UsageError
-from runtime.server.replica_calls import MAX_LOST, LostReplicas, ReplicaLostError, own_error
+from runtime.server.ray.replica_calls import PAUSES, LostReplicas, ReplicaClosingError, ReplicaLostError, own_error
 
 pytestmark = pytest.mark.xdist_group("ray")
 OURS = (AbortedError, BundleError, C2CError, DeadlineError, PromptError, PromptTooLongError, UsageError)
@@ -82,7 +82,13 @@ def test_a_fault_of_the_code_stays_what_it_is():
 
 def test_a_call_is_given_up_after_so_many_lost_replicas():
     lost = LostReplicas("request 7")
-    for _ in range(MAX_LOST - 1):
-        lost.add(ReplicaLostError("a replica of Pipeline was lost: it died"))
-    with pytest.raises(C2CError, match=r"request 7: 3 replicas were lost over it, it is given up; .* it died"):
-        lost.add(ReplicaLostError("a replica of Pipeline was lost: it died"))
+    died = ReplicaLostError("a replica of Pipeline was lost: it died")
+    stopped = own_error(raised_in_a_replica(ClosedError("the engine is closing")), "Pipeline")
+    assert isinstance(stopped, ReplicaClosingError)
+    pauses = []
+    for _ in range(3):
+        pauses.append(lost.add(died))
+        assert lost.add(stopped) > 0  # and does not count
+    assert tuple(pauses) == PAUSES == (0.2, 1.0, 3.0)
+    with pytest.raises(C2CError, match=r"request 7: 4 replicas were lost over it, it is given up; .* it died"):
+        lost.add(died)
