@@ -9,11 +9,13 @@ A thread of its own runs the scheduler; nothing else touches slots and caches.
 """
 
 import asyncio
+import atexit
 import contextlib
 import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Self
@@ -55,6 +57,8 @@ class AsyncC2CEngine:
         self._planners = ThreadPoolExecutor(max_workers=1, thread_name_prefix="c2c-planner")
         self._thread = threading.Thread(target=self._serve, name="c2c-scheduler", daemon=True)
         self._thread.start()
+        # A process that ends while a graph runs would be aborted, whatever its own status.
+        atexit.register(_close_at_exit, weakref.ref(self))
 
     @classmethod
     def from_bundle(
@@ -265,3 +269,9 @@ class AsyncC2CEngine:
         finally:
             self._ended = True
             self._scheduler.end_all(self._failure or ClosedError("the engine closed before the request was begun"))
+
+
+def _close_at_exit(reference: "weakref.ref[AsyncC2CEngine]") -> None:
+    engine = reference()
+    if engine is not None:
+        engine.close_and_wait(drain_seconds=0.0)

@@ -84,6 +84,11 @@ class Request:
         if self.logprobs is not None:
             _check_count("logprobs", self.logprobs, range(MAX_ALTERNATIVES + 1))
         _check_count("priority", self.priority, _PRIORITIES)
+        for name in ("client", "request_id"):
+            if not isinstance(getattr(self, name), str):
+                raise UsageError(f"{name}: {getattr(self, name)!r} is not allowed; expected a string")
+        if not isinstance(self.sampling, SamplingParams):
+            raise UsageError(f"sampling: {self.sampling!r} is not allowed; expected SamplingParams")
         if self.deadline is not None and not (
             isinstance(self.deadline, int | float)
             and not isinstance(self.deadline, bool)

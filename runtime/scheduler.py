@@ -423,11 +423,10 @@ class Scheduler:
 
     def _clear_slot(self, active: ActiveRequest) -> None:
         """Leave no NaN in a slot: some engines add masked rows, times zero."""
-        models = {None: self._pipeline.receiver, **self._pipeline.prefiller.sharers}
-        for number, model in models.items():
-            tokens = active.state.receiver if number is None else active.state.sharers.get(number)
-            if tokens is not None:
-                model.clear_rows(active.slot, min(len(tokens.ids) + 1, model.capacity))
+        receiver = self._pipeline.receiver
+        receiver.clear_rows(active.slot, min(active.state.num_rows + 1, receiver.capacity))
+        for number, tokens in active.state.sharers.items():
+            self._pipeline.prefiller.sharers[number].clear_rows(active.slot, len(tokens.ids))
 
     def _release(self, active: ActiveRequest) -> bool:
         """Take a request out of wherever it is; its slot is free at once. Returns whether it was anywhere."""

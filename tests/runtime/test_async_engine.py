@@ -1,6 +1,8 @@
 """The engine from asyncio: streams, cancellation, closing, and no request without an end."""
 
 import asyncio
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -19,6 +21,7 @@ from runtime import (
     SchedulerOptions,
 )
 
+ROOT = Path(__file__).parents[2]
 NAME = "qwen3_from_llama_aligned"
 pytestmark = pytest.mark.xdist_group(NAME)
 QUESTION = "What is the capital of France?"
@@ -235,3 +238,25 @@ def test_text_and_tokens_are_the_receivers(
         assert len(wanted[0].ids) <= len(engine.plan(Request(prompt=QUESTION)).sharers[0].ids)
 
     run(scenario)
+
+
+ENDS_WHILE_A_REQUEST_RUNS = """
+import asyncio, sys
+from runtime import AsyncC2CEngine, Request
+
+async def main():
+    engine = AsyncC2CEngine.from_bundle(sys.argv[1], num_threads=1, allow_unchecked=True)
+    tasks = [asyncio.create_task(engine.generate(Request(prompt="Hi", ignore_eos=True))) for _ in range(20)]
+    await asyncio.sleep(0.02)
+    raise ValueError("the caller's own fault")
+
+asyncio.run(main())
+"""
+
+
+def test_a_process_that_ends_while_requests_run_has_its_own_status(recorded_bundle: BundleOf):
+    command = [sys.executable, "-c", ENDS_WHILE_A_REQUEST_RUNS, str(recorded_bundle(NAME))]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "the caller's own fault" in done.stderr
+    assert "terminate called" not in done.stderr

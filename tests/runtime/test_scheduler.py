@@ -360,6 +360,9 @@ def test_what_cannot_be_served_is_refused_at_once(name: str, pipelines: Pipeline
         ({"logprobs": 21}, "logprobs"),
         ({"priority": 1.5}, "priority"),
         ({"deadline": 0}, "deadline"),
+        ({"client": ["x"]}, "client"),
+        ({"request_id": 1}, "request_id"),
+        ({"sampling": {}}, "sampling"),
         ({"deadline": float("nan")}, "deadline"),
     ):
         with pytest.raises(UsageError, match=field_name):
