@@ -505,12 +505,13 @@ def serve(
         ),
     ] = None,
     ray_layout: Annotated[
-        str,
+        Optional[str],  # noqa: UP045
         typer.Option(
             help="With --ray-config: whole, replicas of the whole pipeline; or disaggregated, sharers with replicas of "
-            "their own."
+            "their own.",
+            show_default="whole",
         ),
-    ] = "whole",
+    ] = None,
     allow_unchecked: _AllowUnchecked = False,
     allow_failed: _AllowFailed = False,
 ) -> None:
@@ -521,6 +522,8 @@ def serve(
     _require("fastapi", "uvicorn", "prometheus_client", extra="serve")
     if ray_config is not None:
         _require("yaml", extra="ray")
+    elif ray_layout is not None:
+        raise UsageError("--ray-layout is of the configuration that --ray-config writes; give both, or neither")
     from runtime.scheduler import SchedulerOptions
     from runtime.server.serve import ServeOptions
     from runtime.server.serve import serve as run_server
@@ -558,7 +561,7 @@ def serve(
         return
     from runtime.server.ray.config import ray_arguments, ray_config_of
 
-    text = ray_config_of(ray_arguments(options, ray_layout), host, port)
+    text = ray_config_of(ray_arguments(options, ray_layout or "whole"), host, port)
     ray_config.write_text(text, encoding="utf-8")
     _console.print(Text(f"Wrote {ray_config}; deploy it with: serve run {ray_config}"), soft_wrap=True)
 
