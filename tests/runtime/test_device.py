@@ -20,9 +20,9 @@ from engines.ort.engine import CpuBuffer, CpuDevice, OrtCpuEngine
 from runtime import C2CPipeline, Message
 from runtime.decoder import Decoder
 from runtime.fuser import Fuser
-from runtime.prefill import Prefiller
+from runtime.prefill import Prefill, Prefiller
 from runtime.prompt import Plan
-from runtime.slot_state import SlotState
+from runtime.slot_state import SlotState, find_reuse
 
 UNALIGNED, ALIGNED = "qwen3_from_qwen2", "llama_from_gemma3_aligned"
 PARALLEL, SEQUENTIAL = "two_sharers_parallel", "two_sharers_sequential"
@@ -250,6 +250,35 @@ def test_rows_from_before_any_fuser_are_kept_on_the_device_before_the_first_fuse
         start = last[fusion - 1] if fusion else 0
         for kept in (index for index in copies if start < index < last[fusion]):
             assert kept < first[fusion]
+
+
+@every(PARALLEL)
+def test_rows_that_are_put_back_are_written_before_a_fuser_reads_them(name: str, recorded: Recorded):
+    prefiller = recorded.prefiller
+    plan = recorded.plan(CHAT, (), tuple(recorded.numbers))
+    reuse = find_reuse(SlotState(), prefiller.target(plan))
+    first = Prefill(prefiller, 0, plan, reuse, keep_rows=True)
+    while not first.done:
+        first.advance()
+    keeper = first.row_keeper()
+    assert keeper is not None
+    while not keeper.done:
+        keeper.advance(1000)
+    kept = keeper.kept_rows()
+
+    fewer = recorded.plan(CHAT, (), (0,))  # all of the sharer's rows are there, and every section is fused anew
+    reuse = find_reuse(kept.state, prefiller.target(fewer), kept.unfused)
+    recorded.log.entries.clear()
+    again = Prefill(prefiller, 0, fewer, reuse, begun_with=kept)
+    while not again.done:
+        again.advance()
+    entries = list(recorded.log.entries)
+    assert not runs_of(entries, "sharer0")
+    written = [index for index, entry in enumerate(entries) if entry[:2] == ("sharer0", "write")]
+    fusions = runs_of(entries, "fuser0")
+    assert written
+    assert fusions
+    assert all(ordered_before(entries, index, fusions[0]) for index in written)
 
 
 @every_kind
