@@ -6,14 +6,20 @@ from numpy.typing import NDArray
 from runtime.generation import TokenLogprob
 
 
+def log_probabilities(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Of every token, natural logarithms [V], by logits [V], finite but for -inf."""
+    scores = logits.astype(np.float64)  # a sum of many small terms, so not in float32
+    scores -= scores.max()
+    scores -= np.log(np.exp(scores).sum())
+    return scores
+
+
 def token_logprob(logits: NDArray[np.float32], token_id: int, num_alternatives: int) -> TokenLogprob:
     """The log-probability of `token_id` by logits [V], finite but for -inf, and the likeliest tokens with theirs.
 
     Of equally likely tokens those with smaller ids come first.
     """
-    scores = logits.astype(np.float64)  # a sum of many small terms, so not in float32
-    scores -= scores.max()
-    scores -= np.log(np.exp(scores).sum())
+    scores = log_probabilities(logits)
     num_alternatives = min(num_alternatives, scores.size)
     alternatives: list[tuple[int, float]] = []
     if num_alternatives:

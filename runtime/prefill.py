@@ -93,10 +93,9 @@ class Prefill:
         self._prefiller, self._slot, self._plan = prefiller, slot, plan
         self._target = prefiller.target(plan)
         self._awaited = {
-            number: rows
-            for number, rows in (sharer_rows or {}).items()
-            if reuse.sharer_rows.get(number, 0) < len(self._target.sharers.get(number, plan.receiver).ids)
-            and number in self._target.sharers
+            number: sharer_rows[number]
+            for number, tokens in self._target.sharers.items()
+            if sharer_rows and number in sharer_rows and reuse.sharer_rows[number] < len(tokens.ids)
         }
         self._work = PrefillWork(self._target, reuse, awaited=self._awaited, wide=prefiller.wide)
         self._keeps_rows = keep_rows

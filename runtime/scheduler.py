@@ -274,7 +274,7 @@ class Scheduler:
         started, ran = time.perf_counter(), False
         while self._keepers or self._prefilling:
             spent = time.perf_counter() - started
-            if ran and (spent > self._budget.seconds / 2 or not self._decoding):
+            if ran and (self._budget.used_up(spent) or not self._decoding):
                 return True
             if self._keepers:
                 self._keep_some(next(iter(self._keepers)), spent)

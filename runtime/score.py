@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from c2c_export.errors import C2CError
+from runtime.logprobs import log_probabilities
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def score_tokens(
     `step(i, token_id)` runs token i and returns the logits [V] that predict token i + 1; it is called for all tokens
     but the last, in order. Raises `C2CError` if logits hold NaN or +inf or are all -inf.
     """
-    log_probabilities, greedy = [], []
+    scores, greedy = [], []
     for index, token_id in enumerate(token_ids):
         if index:
             logits = step(index - 1, token_ids[index - 1])
@@ -55,7 +56,6 @@ def score_tokens(
                 f"logits: {logits[best]} found for token {best} where a finite number was expected; the engine "
                 "overflowed: try another precision"
             )
-        scores = logits.astype(np.float64) - float(logits[best])  # a sum of many small terms, so not in float32
-        log_probabilities.append(float(scores[token_id] - np.log(np.exp(scores).sum())))
+        scores.append(float(log_probabilities(logits)[token_id]))
         greedy.append(token_id == best)
-    return Score(list(token_ids), log_probabilities, greedy)
+    return Score(list(token_ids), scores, greedy)

@@ -19,14 +19,18 @@ class StallBudget:
         self.seconds = seconds
         self._last: dict[Hashable, tuple[int, float]] = {}
 
-    def rows(self, kind: Hashable, spent: float) -> int:
-        """How many rows of a `kind` of work fit when `spent` seconds of the budget are; 0 if too few to pay.
+    def used_up(self, spent: float) -> bool:
+        """Whether too little is left of the budget for another piece when `spent` seconds of it are.
 
         A piece reads all of a model's weights, so small ones to use up a budget's end are slower in all.
         """
-        left = self.seconds - spent
-        if left < self.seconds / 2:
+        return self.seconds - spent < self.seconds / 2
+
+    def rows(self, kind: Hashable, spent: float) -> int:
+        """How many rows of a `kind` of work fit when `spent` seconds of the budget are; 0 if it is used up."""
+        if self.used_up(spent):
             return 0
+        left = self.seconds - spent
         if kind not in self._last:
             return _FIRST_ROWS
         rows, took = self._last[kind]
