@@ -404,15 +404,16 @@ class Scheduler:
             self._release(active)
             seconds = time.perf_counter() - active.started
             self._seconds_per_request += 0.1 * (seconds / self.num_slots - self._seconds_per_request)
-            self._tell(active, last)
             assert last.generation is not None
+            # Who has the answer finds it counted.
             self._observer.finished(last.generation)
+            self._tell(active, last)
         return True
 
     def _fail(self, active: ActiveRequest, error: Exception) -> None:
         if self._release(active):
-            self._tell(active, error)
             self._observer.failed(error)
+            self._tell(active, error)
 
     def _tell(self, active: ActiveRequest, event: Chunk | Exception) -> None:
         try:

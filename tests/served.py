@@ -26,6 +26,16 @@ ROOT = Path(__file__).parents[1]
 START_SECONDS = 120
 
 
+class PacedMetrics(ServerMetrics):
+    """Lets every token take `seconds` more, so that a tiny model is as slow as a large one."""
+
+    seconds = 0.0
+
+    def next_token(self, seconds: float) -> None:
+        time.sleep(self.seconds)
+        super().next_token(seconds)
+
+
 @dataclass
 class Served:
     """A server that listens at `url`."""

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,6 +22,12 @@ LONG: dict[str, Any] = {
 pytestmark = pytest.mark.xdist_group(PAIR)
 
 
+@pytest.fixture(autouse=True)
+def slowed_down(pace: Callable[[float], None]) -> None:
+    """Four answers take seconds on any machine, so that no client leaves too late."""
+    pace(0.003)
+
+
 def connect(server: Served, **fields: Any) -> socket.socket:
     """A connection that has sent a request which takes long: its answers fill four slots four times."""
     content = json.dumps(LONG | fields).encode()
@@ -32,7 +39,9 @@ def connect(server: Served, **fields: Any) -> socket.socket:
 
 def check_freed(server: Served, engine: AsyncC2CEngine, aborted_before: float, num_aborted: int) -> None:
     wait_until(lambda: engine.num_active == engine.num_waiting == 0, seconds=2)
-    assert server.metric("c2c_requests_total", outcome="aborted") >= aborted_before + num_aborted
+    wait_until(
+        lambda: server.metric("c2c_requests_total", outcome="aborted") >= aborted_before + num_aborted, seconds=2
+    )
     with server.openai() as client:
         out = client.chat.completions.create(model=PAIR, messages=LONG["messages"], max_tokens=3)
     assert out.usage.completion_tokens <= 3

@@ -1,7 +1,6 @@
 """Fixtures of the page's tests: a browser, and a server over a pair with two sharers that can be slowed down."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -13,25 +12,14 @@ import pytest
 from chat_page import ChatPage
 from chromium import running_chromium, visit
 from playwright.sync_api import Browser
-from served import Served, served_here, wait_until
+from served import PacedMetrics, Served, served_here, wait_until
 
 from runtime.async_engine import AsyncC2CEngine
 from runtime.scheduler import SchedulerOptions
-from runtime.server.metrics import ServerMetrics
 
 PAIR = "two_sharers_parallel"
 OpenPage = Callable[..., ChatPage]
 Occupied = Callable[[int], AbstractContextManager[Callable[[], None]]]
-
-
-class PacedMetrics(ServerMetrics):
-    """Lets every token take `seconds` more, so that a tiny model is as slow as a large one."""
-
-    seconds = 0.0
-
-    def next_token(self, seconds: float) -> None:
-        time.sleep(self.seconds)
-        super().next_token(seconds)
 
 
 def occupy(server: Served, stop: threading.Event) -> None:
@@ -99,17 +87,6 @@ def engine(recorded_bundle: Callable[[str], Path], metrics: PacedMetrics) -> Ite
 def server(engine: AsyncC2CEngine, metrics: PacedMetrics) -> Iterator[Served]:
     with served_here(engine, metrics) as served:
         yield served
-
-
-@pytest.fixture
-def pace(metrics: PacedMetrics) -> Iterator[Callable[[float], None]]:
-    """Sets how many seconds more every token takes, until the test ends."""
-
-    def set_pace(seconds: float) -> None:
-        metrics.seconds = seconds
-
-    yield set_pace
-    metrics.seconds = 0.0
 
 
 @pytest.fixture
