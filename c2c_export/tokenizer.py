@@ -93,20 +93,28 @@ class BundledTokenizer:
         return text
 
 
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise BundleError(f"{path}: missing; export the bundle again") from error
+    except OSError as error:
+        raise BundleError(f"{path}: unreadable ({error}); export the bundle again") from error
+
+
 def _read_text(path: Path) -> str:
     try:
         # Not read_text(), which would turn \r\n into \n.
-        return path.read_bytes().decode("utf-8")
-    except FileNotFoundError as error:
-        raise BundleError(f"{path}: missing; export the bundle again") from error
-    except (OSError, UnicodeDecodeError) as error:
+        return _read_bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise BundleError(f"{path}: unreadable ({error}); export the bundle again") from error
 
 
 def _read_backend(path: Path) -> Tokenizer:
-    content = _read_text(path)
+    content = _read_bytes(path)
     try:
-        backend = Tokenizer.from_str(content)
+        # Not from_str: a str takes four bytes a character where one of them is beyond U+FFFF.
+        backend = Tokenizer.from_buffer(content)
     except Exception as error:  # the Rust side raises a bare Exception
         raise BundleError(f"{path}: not a tokenizer ({error}); export the bundle again") from error
     backend.no_padding()

@@ -21,6 +21,7 @@ from c2c_export.bundle import TensorSpec
 from c2c_export.errors import C2CError, reason_of
 from engines.base import BFLOAT16, Array, Binding, Buffer, Device, Engine, Event, View, loaded, storage_dtype, stored
 from engines.cores import session_threads
+from engines.ort.mapped_weights import let_go_of_mapped_weights
 
 ort.disable_telemetry_events()  # what a user runs is nobody else's business
 
@@ -189,6 +190,7 @@ class OrtCpuEngine(OrtEngine):
         options.add_session_config_entry("session.force_spinning_stop", "1")
         providers = ["CPUExecutionProvider"]
         super().__init__(path, device or CpuDevice(), providers, options, ort.RunOptions(), weights_folder)
+        let_go_of_mapped_weights(path.parent if weights_folder is None else weights_folder)
 
 
 def bind_input(prepared: ort.IOBinding, name: str, view: View) -> None:

@@ -151,7 +151,7 @@ def test_a_missing_file_is_named(name, tmp_path):
     ("name", "content", "message"),
     [
         ("tokenizer.json", b"{}", "tokenizer.json: not a tokenizer"),
-        ("tokenizer.json", b"\xff", "tokenizer.json: unreadable"),
+        ("tokenizer.json", b"\xff", "tokenizer.json: not a tokenizer"),
         ("special_tokens.json", b"[", "special_tokens.json: the whole file"),
         ("special_tokens.json", b'{"padding_id": "x"}', "special_tokens.json: padding_id"),
         ("chat_template.jinja", b"\xff", "chat_template.jinja: unreadable"),

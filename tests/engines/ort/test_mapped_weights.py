@@ -1,0 +1,62 @@
+"""Pages of mapped weights leave memory, which is seen in /proc/self/smaps, and their contents stay."""
+
+import mmap
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from engines.ort.mapped_weights import let_go_of_mapped_weights
+
+CONTENT = bytes(range(256)) * 4096  # 1 MiB
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="other systems have no /proc/self/maps")
+
+
+@contextmanager
+def mapped(path: Path, **how: int) -> Iterator[mmap.mmap]:
+    """The file's memory, all of it resident."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(CONTENT)
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, **how) as memory:
+        assert memory[:] == CONTENT
+        assert resident_kib(path) == len(CONTENT) >> 10
+        yield memory
+
+
+def resident_kib(path: Path) -> int:
+    found, here = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            here = line.endswith(str(path))
+        elif here and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found
+
+
+def test_weights_of_the_folder_leave_memory_and_others_stay(tmp_path: Path):
+    folder, beside = tmp_path / "graphs of it", tmp_path / "graphs of it too"
+    with (
+        mapped(folder / "a.data", access=mmap.ACCESS_READ) as weights,
+        mapped(beside / "a.data", access=mmap.ACCESS_READ),
+    ):
+        let_go_of_mapped_weights(folder)
+        assert resident_kib(folder / "a.data") == 0
+        assert resident_kib(beside / "a.data") == len(CONTENT) >> 10
+        assert weights[:] == CONTENT
+
+
+def test_a_folder_is_found_by_its_links_too(tmp_path: Path):
+    with mapped(tmp_path / "folder" / "a.data", access=mmap.ACCESS_READ):
+        (tmp_path / "link").symlink_to(tmp_path / "folder")
+        let_go_of_mapped_weights(tmp_path / "link")
+        assert resident_kib(tmp_path / "folder" / "a.data") == 0
+
+
+def test_what_was_written_stays(tmp_path: Path):
+    with mapped(tmp_path / "folder" / "a.data", access=mmap.ACCESS_COPY) as memory:
+        memory[:3] = b"new"
+        let_go_of_mapped_weights(tmp_path / "folder")
+        assert memory[:3] == b"new"
