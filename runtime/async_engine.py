@@ -24,11 +24,12 @@ from c2c_export.bundle import Bundle
 from c2c_export.errors import C2CError, reason_of
 from engines.select import EngineChoice
 from runtime.active_request import Listener
+from runtime.admission import Place
 from runtime.generation import Chunk, Generation
 from runtime.pipeline import C2CPipeline
 from runtime.prompt import ModelTokens, Plan
 from runtime.request import ClosedError, Request
-from runtime.scheduler import Place, Scheduler, SchedulerOptions
+from runtime.scheduler import Scheduler, SchedulerOptions
 from runtime.scheduler_observer import SchedulerObserver
 
 _log = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ class AsyncC2CEngine:
         self._wake = threading.Event()
         self._closing = False
         self._give_up_at: float | None = None
-        self._failure: C2CError | None = None
+        self._failure: str | None = None
         self._ended = False
         # One, so that planning many prompts leaves the processor to those that are served.
         self._planners = ThreadPoolExecutor(max_workers=1, thread_name_prefix="c2c-planner")
@@ -138,24 +139,30 @@ class AsyncC2CEngine:
         """Take a request; `listener` gets its chunks, or its error, in the scheduler's thread, and must be quick.
 
         The prompt is planned in the calling thread. Raises `UsageError` for a request that cannot be served,
-        `QueueFullError` where no more may wait, `ClosedError` when the engine is closing.
+        `QueueFullError` where no more may wait, `ClosedError` when the engine is closing, and `AbortedError` when it
+        was aborted meanwhile.
         """
         self._submit(request, listener, self._reserve(request))
 
     def _reserve(self, request: Request) -> Place:
         if self._failure is not None:
-            raise self._failure
+            raise C2CError(self._failure)
         if self._closing or self._ended:
             raise ClosedError("the engine is closing and takes no more requests")
         return self._scheduler.reserve(request)
 
     def _submit(self, request: Request, listener: Listener, place: Place) -> None:
+        self._scheduler.submit(request, listener, place)
         for rows in request.sharer_rows.values():
             rows.add_done_callback(lambda _: self._wake.set())
-        self._scheduler.submit(request, listener, place)
         self._wake.set()
         if self._ended:  # between the two
-            self._scheduler.end_all(self._failure or ClosedError("the engine closed before the request was begun"))
+            self._scheduler.end_all(self._ending_error)
+
+    def _ending_error(self) -> C2CError:
+        if self._failure is not None:
+            return C2CError(self._failure)
+        return ClosedError("the engine closed before the request was begun")
 
     def abort(self, request_id: str) -> bool:
         """End a request with an `AbortedError` and free its slot before anything else is computed.
@@ -183,35 +190,20 @@ class AsyncC2CEngine:
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
-        submitted, abandoned = threading.Event(), threading.Event()
         place = self._reserve(request)
 
         def listen(event: Chunk | Exception) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        def submit() -> None:
-            if abandoned.is_set():
-                self._scheduler.give_up(place)
-                return
-            self._submit(request, listen, place)
-            submitted.set()
-            if abandoned.is_set():
-                self.abort(request.request_id)
-
         try:
             try:
-                planned = loop.run_in_executor(self._planners, submit)
+                planned = loop.run_in_executor(self._planners, self._submit, request, listen, place)
             except RuntimeError as error:  # it was shut down since
                 raise ClosedError("the engine closed before the request was begun") from error
             await planned
         except BaseException:
-            # Whichever of the two comes second sees the other: the thread, or we.
-            abandoned.set()
-            if submitted.is_set():
-                self.abort(request.request_id)
-            else:
-                self._scheduler.give_up(place)  # what never began in the thread never will
+            self._give_up(place)
             raise
         ended = False
         try:
@@ -223,7 +215,11 @@ class AsyncC2CEngine:
                 yield event
         finally:
             if not ended:
-                self.abort(request.request_id)
+                self._give_up(place)
+
+    def _give_up(self, place: Place) -> None:
+        self._scheduler.give_up(place)
+        self._wake.set()
 
     async def close(self, drain_seconds: float | None = None) -> None:
         """Take no more requests, finish those that wait and run, and end the thread.
@@ -260,15 +256,16 @@ class AsyncC2CEngine:
             while not (self._closing and not self._scheduler.has_requests):
                 self._wake.clear()
                 if self._give_up_at is not None and time.perf_counter() >= self._give_up_at:
-                    self._scheduler.end_all(ClosedError("the engine closed before the request was done"))
+                    self._scheduler.end_all(lambda: ClosedError("the engine closed before the request was done"))
+                    self._wake.wait(_WAITING_FOR_OTHERS)  # for what is still being planned
                 elif not self._scheduler.step():
                     self._wake.wait(_WAITING_FOR_OTHERS if self._scheduler.has_requests else None)
         except BaseException as error:  # a panic of a library's Rust code is no Exception
             _log.exception("the scheduler failed")
-            self._failure = C2CError(f"the engine failed: {type(error).__name__}: {reason_of(error)}")
+            self._failure = f"the engine failed: {type(error).__name__}: {reason_of(error)}"
         finally:
             self._ended = True
-            self._scheduler.end_all(self._failure or ClosedError("the engine closed before the request was begun"))
+            self._scheduler.end_all(self._ending_error)
 
 
 def _close_at_exit(reference: "weakref.ref[AsyncC2CEngine]") -> None:

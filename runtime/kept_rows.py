@@ -1,10 +1,9 @@
 """Rows of caches that were copied out of a slot, to be put into another: of a prompt's beginning, or of a sharer."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from runtime.prompt import ModelTokens
@@ -41,10 +40,3 @@ class KeptRows:
         """What the copies take."""
         caches = (self.receiver, *self.unfused.values(), *self.sharers.values())
         return sum(rows.nbytes for cache in caches for rows in cache.values())
-
-
-def joined(parts: Sequence[CacheRows]) -> CacheRows:
-    """The rows of several parts, one after the other."""
-    if len(parts) == 1:
-        return parts[0]
-    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}

@@ -15,11 +15,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from c2c_export.errors import C2CError
-from engines.base import Device, Event
+from engines.base import Array, Device, Event
 from runtime.decoder import Decoder, Int64Array
 from runtime.fuser import Fuser
-from runtime.kept_rows import CacheRows, KeptRows, SharerRows, joined
-from runtime.prefill_work import AwaitSharer, FuseSection, Piece, PrefillReceiver, PrefillSharer, PrefillWork
+from runtime.kept_rows import CacheRows, KeptRows, SharerRows
+from runtime.prefill_work import (
+    AwaitSharer,
+    FuseSection,
+    Piece,
+    PrefillReceiver,
+    PrefillSharer,
+    PrefillWork,
+    RestoreReceiver,
+    RestoreSharer,
+)
 from runtime.prompt import Plan
 from runtime.row_keeper import RowKeeper
 from runtime.slot_state import FusedRows, Reuse, SlotState, Wide, find_reuse
@@ -90,29 +99,31 @@ class Prefill:
         With `keep_rows` the rows of each section are copied before they are fused, for `row_keeper`. `sharer_rows` are
         rows that are computed elsewhere; those of sharers that compute nothing here are ignored.
         """
-        self._prefiller, self._slot, self._plan = prefiller, slot, plan
+        self._prefiller, self._slot, self._plan, self._reuse = prefiller, slot, plan, reuse
         self._target = prefiller.target(plan)
         self._awaited = {
             number: sharer_rows[number]
             for number, tokens in self._target.sharers.items()
             if sharer_rows and number in sharer_rows and reuse.sharer_rows[number] < len(tokens.ids)
         }
-        self._work = PrefillWork(self._target, reuse, awaited=self._awaited, wide=prefiller.wide)
+        self._work = PrefillWork(
+            self._target, reuse, restore=begun_with is not None, awaited=self._awaited, wide=prefiller.wide
+        )
         self._keeps_rows = keep_rows
         self._begun_with = begun_with
-        self._unfused: dict[FusedRows, list[CacheRows]] = {}
+        self._unfused: dict[FusedRows, dict[str, Array]] = {}
         self._last_span: _Span | None = None
         self._sharer_spans: list[_Span] = []
         self._receiver_spans: list[_Span] = []
         self._fuse_spans: list[_Span] = []
         self._unfinished: list[Event] = []
         self._incomplete = False
+        self._written_rows = 0
+        self._written_sharer_rows: dict[int, int] = {}
         self.num_reused_rows = reuse.num_rows
-        """The receiver's rows that were there already."""
-        self.num_rows = reuse.num_rows
+        """The receiver's rows that were there already, or were put back."""
+        self.num_rows = reuse.num_rows if begun_with is None else 0
         """The receiver's rows that are there by now; those beyond may be written over meanwhile."""
-        if begun_with is not None:
-            self._restore(begun_with, reuse)
 
     @property
     def done(self) -> bool:
@@ -131,7 +142,7 @@ class Prefill:
 
     @property
     def num_rows_left(self) -> int:
-        """Rows that are still to be computed, of all models and fusers."""
+        """Rows that are still to be put back or computed, of all models and fusers."""
         return self._work.num_rows_left
 
     @property
@@ -149,7 +160,15 @@ class Prefill:
         when an engine fails; the slot's rows are lost then.
         """
         piece = self._work.take(max_rows)
+        self._note_written(piece)
         match piece:
+            case RestoreSharer():
+                with self._timed(self._prefiller.sharers[piece.number].device):
+                    self._restore_sharer(piece)
+            case RestoreReceiver():
+                with self._timed(self._prefiller.receiver.device):
+                    self._restore_receiver(piece)
+                self.num_rows = piece.stop
             case AwaitSharer():
                 self._write_sharer(self._awaited[piece.number].result(), piece.number)
             case PrefillSharer():
@@ -163,7 +182,7 @@ class Prefill:
                 while self._unfinished:
                     device.wait(self._unfinished.pop())
                 if self._keeps_rows:
-                    self._unfused.setdefault(piece.section, []).append(self._read_unfused(piece))
+                    self._keep_unfused(piece)
                 with self._timed(device, self._fuse_spans):
                     self._fuse(range(piece.start, piece.stop))
         return piece
@@ -187,31 +206,60 @@ class Prefill:
         """
         if not self._keeps_rows or self._incomplete:
             return None
-        unfused = dict(self._begun_with.unfused) if self._begun_with is not None else {}
-        unfused |= {section: joined(parts) for section, parts in self._unfused.items()}
+        unfused: dict[FusedRows, CacheRows] = dict(self._begun_with.unfused) if self._begun_with is not None else {}
+        unfused |= self._unfused
         pools = {number: self._prefiller.sharers[number].pool for number in self._target.sharers}
         return RowKeeper(self._slot, self._target, self._prefiller.receiver.pool, pools, unfused)
 
-    def _restore(self, kept: KeptRows, reuse: Reuse) -> None:
-        receiver, tokens = self._prefiller.receiver, kept.state.receiver
-        rows = {name: cache[:, : reuse.num_rows] for name, cache in kept.receiver.items()}
-        receiver.put_rows(self._slot, tokens.position_ids[: reuse.num_rows], 0, rows)
-        final = kept.state.fused[: reuse.num_sections]
-        for section, rows_by_name in kept.unfused.items():
-            stop = min(section.stop, reuse.num_rows)
-            if section not in final and section.start < stop:
-                part = {name: cache[:, : stop - section.start] for name, cache in rows_by_name.items()}
-                receiver.put_rows(self._slot, tokens.position_ids[section.start : stop], section.start, part)
-        for number, num_rows in reuse.sharer_rows.items():
-            if num_rows:
-                part = {name: cache[:, :num_rows] for name, cache in kept.sharers[number].items()}
-                self._put_sharer_rows(number, kept.state.sharers[number].position_ids[:num_rows], part)
+    def clear(self) -> None:
+        """Write zeros into what was written so far: rows that are masked must be finite (`Decoder.clear_rows`)."""
+        for number, num_rows in self._written_sharer_rows.items():
+            self._prefiller.sharers[number].clear_rows(self._slot, num_rows)
+        receiver = self._prefiller.receiver
+        # One more, which a decode step of the neighbours may have written.
+        receiver.clear_rows(self._slot, min(self._written_rows + 1, receiver.capacity))
 
-    def _put_sharer_rows(self, number: int, position_ids: Int64Array, rows: CacheRows) -> None:
+    def _note_written(self, piece: Piece) -> None:
+        match piece:
+            case RestoreReceiver() | PrefillReceiver():
+                self._written_rows = max(self._written_rows, piece.stop)
+            case RestoreSharer() | PrefillSharer():
+                before = self._written_sharer_rows.get(piece.number, 0)
+                self._written_sharer_rows[piece.number] = max(before, piece.stop)
+            case AwaitSharer():
+                self._written_sharer_rows[piece.number] = len(self._target.sharers[piece.number].ids)
+
+    def _restore_receiver(self, piece: RestoreReceiver) -> None:
+        kept = self._kept
+        self._put_receiver_rows(kept.receiver, first=0, piece=piece)
+        final = kept.state.fused[: self._reuse.num_sections]
+        for section, rows in kept.unfused.items():
+            if section not in final:
+                self._put_receiver_rows(rows, first=section.start, piece=piece)
+
+    def _put_receiver_rows(self, rows: CacheRows, first: int, piece: RestoreReceiver) -> None:
+        """Write what `rows`, of which the first is the prompt's row `first`, has of a piece."""
+        num_rows = next((cache.shape[1] for cache in rows.values()), 0)
+        start, stop = max(first, piece.start), min(first + num_rows, piece.stop)
+        if start < stop:
+            part = {name: cache[:, start - first : stop - first] for name, cache in rows.items()}
+            self._prefiller.receiver.put_rows(self._slot, self._target.receiver.position_ids[start:stop], start, part)
+
+    def _restore_sharer(self, piece: RestoreSharer) -> None:
+        rows = slice(piece.start, piece.stop)
+        part = {name: cache[:, rows] for name, cache in self._kept.sharers[piece.number].items()}
+        self._put_sharer_rows(piece.number, piece.start, self._target.sharers[piece.number].position_ids[rows], part)
+
+    @property
+    def _kept(self) -> KeptRows:
+        assert self._begun_with is not None
+        return self._begun_with
+
+    def _put_sharer_rows(self, number: int, start: int, position_ids: Int64Array, rows: CacheRows) -> None:
         sharer = self._prefiller.sharers[number]
         # An interrupted prefill may have left a fuser that still reads the rows that are written now.
         sharer.device.wait(self._prefiller.receiver.device.record())
-        sharer.put_rows(self._slot, position_ids, 0, rows)
+        sharer.put_rows(self._slot, position_ids, start, rows)
         self._unfinished.append(sharer.device.record())
 
     def _prefill_sharer(self, piece: PrefillSharer) -> None:
@@ -234,7 +282,7 @@ class Prefill:
             raise C2CError(f"the rows handed over for sharer {number} are not those of this prompt")
         read = {name: cache[:, :num_rows] for name, cache in rows.rows.items()}
         self._incomplete |= read.keys() != set(sharer.pool.names)
-        self._put_sharer_rows(number, tokens.position_ids, read)
+        self._put_sharer_rows(number, 0, tokens.position_ids, read)
 
     def _prefill_receiver(self, piece: PrefillReceiver) -> None:
         tokens, plan = self._target.receiver, self._plan
@@ -257,13 +305,28 @@ class Prefill:
             sharer_pool = self._prefiller.sharers[number].pool
             self._prefiller.fusers[number].run(pool, sharer_pool, self._slot, rows, sharer_rows)
 
-    def _read_unfused(self, piece: FuseSection) -> CacheRows:
+    def _keep_unfused(self, piece: FuseSection) -> None:
+        """Copy a piece's rows before they are fused; the prompt is not kept where there is no memory for it."""
+        section = piece.section
         changed = {name for number in self._target.sharers for name in self._prefiller.fusers[number].changed}
-        return self._prefiller.receiver.pool.take_rows(sorted(changed), self._slot, piece.start, piece.stop)
+        try:
+            read = self._prefiller.receiver.pool.take_rows(sorted(changed), self._slot, piece.start, piece.stop)
+            if section not in self._unfused:
+                num_rows = section.stop - section.start
+                self._unfused[section] = {
+                    name: np.empty((rows.shape[0], num_rows, rows.shape[2]), rows.dtype) for name, rows in read.items()
+                }
+        except MemoryError:
+            self._keeps_rows = False
+            return
+        for name, rows in read.items():
+            self._unfused[section][name][:, piece.start - section.start : piece.stop - section.start] = rows
 
     @contextlib.contextmanager
-    def _timed(self, device: Device, spans: list[_Span]) -> Iterator[None]:
+    def _timed(self, device: Device, spans: list[_Span] | None = None) -> Iterator[None]:
+        """Time the last piece, and count it to a phase's `spans`, if it is of one."""
         start = device.record()
         yield
         self._last_span = (start, device.record())
-        spans.append(self._last_span)
+        if spans is not None:
+            spans.append(self._last_span)

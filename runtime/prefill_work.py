@@ -1,5 +1,6 @@
 """The work of one prefill, piece by piece: which engine computes which rows, in which order.
 
+Rows that were kept from a former prompt are put back first.
 Sharers are prefilled up to the last fused token: their rows never change. The receiver is prefilled up to the end of
 each fused section, whose rows are then fused before the next section attends to them (arXiv 2510.03215; the order is
 the reference's).
@@ -24,6 +25,23 @@ from dataclasses import dataclass, replace
 from runtime.slot_state import ATTENTION_BLOCK, FusedRows, Reuse, SlotState, Wide
 
 _SMALLEST_BLOCK = 16
+
+
+@dataclass(frozen=True)
+class RestoreSharer:
+    """Put back rows [start, stop) of sharer `number`."""
+
+    number: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class RestoreReceiver:
+    """Put back rows [start, stop) of the receiver."""
+
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -62,19 +80,34 @@ class FuseSection:
     stop: int
 
 
-Piece = PrefillSharer | AwaitSharer | PrefillReceiver | FuseSection
+Piece = RestoreSharer | RestoreReceiver | PrefillSharer | AwaitSharer | PrefillReceiver | FuseSection
 
 
 class PrefillWork:
     """What is left to do for a slot to hold a target's rows."""
 
     def __init__(
-        self, target: SlotState, reuse: Reuse, *, awaited: Iterable[int] = (), wide: Wide | None = None
+        self,
+        target: SlotState,
+        reuse: Reuse,
+        *,
+        restore: bool = False,
+        awaited: Iterable[int] = (),
+        wide: Wide | None = None,
     ) -> None:
-        """The work that `reuse` leaves; `awaited` are the sharers whose rows come from elsewhere."""
+        """The work that `reuse` leaves; with `restore` what is reused is not in the slot yet.
+
+        `awaited` are the sharers whose rows come from elsewhere.
+        """
         self._wide = wide or Wide()
         self._pieces: deque[Piece] = deque()
         awaited = set(awaited)
+        if restore:
+            for number, num_rows in reuse.sharer_rows.items():
+                if num_rows and number not in awaited:
+                    self._pieces.append(RestoreSharer(number, 0, num_rows))
+            if reuse.num_rows:
+                self._pieces.append(RestoreReceiver(0, reuse.num_rows))
         for number, tokens in target.sharers.items():
             if number not in awaited:
                 start = reuse.sharer_rows[number]
@@ -116,7 +149,7 @@ class PrefillWork:
         return sum(piece.stop - piece.start for piece in self._pieces if not isinstance(piece, AwaitSharer))
 
     def take(self, max_rows: int | None = None) -> Piece:
-        """Take the next piece, or about as many of its first rows (at least 2)."""
+        """Take the next piece, or about as many of its first rows (at least 2, or 1 that is only put back)."""
         piece = self._pieces.popleft()
         length = piece.stop - piece.start
         taken = self._length_of_call(piece, length if max_rows is None else max_rows)
@@ -131,6 +164,8 @@ class PrefillWork:
     def _length_of_call(self, piece: Piece, max_rows: int) -> int:
         """How many of a piece's rows one call computes."""
         length = piece.stop - piece.start
+        if isinstance(piece, RestoreSharer | RestoreReceiver):
+            return min(length, max(1, max_rows))
         if length <= 3 or (isinstance(piece, PrefillReceiver) and self._wide.receiver):
             return length
         if isinstance(piece, PrefillSharer) and piece.number in self._wide.sharers:

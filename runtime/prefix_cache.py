@@ -8,7 +8,6 @@ that an answer would depend on what happens to be kept.
 Least recently used prompts go first when a budget of memory is exceeded. Not thread-safe.
 """
 
-from c2c_export.errors import UsageError
 from runtime.kept_rows import KeptRows
 from runtime.prefill import Prefiller
 from runtime.slot_state import Reuse, SlotState, find_reuse
@@ -21,27 +20,42 @@ class PrefixCache:
     """Prompts' rows, by recent use, of one bundle's engine."""
 
     def __init__(self, prefiller: Prefiller, max_bytes: int) -> None:
-        """Keep at most `max_bytes`; 0 keeps nothing. Raises `UsageError` for a negative number."""
-        if isinstance(max_bytes, bool) or not isinstance(max_bytes, int) or max_bytes < 0:
-            raise UsageError(f"prefix_cache_bytes: {max_bytes!r} is not allowed; expected 0 (keep nothing) or more")
+        """Keep at most `max_bytes`; 0 keeps nothing."""
         self._prefiller, self._max_bytes = prefiller, max_bytes
         self._kept: list[KeptRows] = []
+        self._num_set_aside = 0
         self.num_bytes = 0
-        """What is kept now."""
+        """What is kept now, and what is set aside."""
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def worth_keeping(self, target: SlotState) -> bool:
-        """Whether a prompt is long enough to be kept, and would fit if all else went."""
-        if target.num_rows < _WORTHWHILE_ROWS:
-            return False
+    def set_aside(self, target: SlotState) -> int:
+        """Make room for a copy of a prompt's rows that is made from now on; its bytes, 0 where it is not to be made.
+
+        That is of a short prompt, and of one that has no room beside the other copies that are being made. What was set
+        aside is given back before the copy is added, or when it is given up.
+        """
+        num_bytes = self._bytes_of(target)
+        if target.num_rows < _WORTHWHILE_ROWS or num_bytes > self._max_bytes - self._num_set_aside:
+            return 0
+        self._num_set_aside += num_bytes
+        self.num_bytes += num_bytes
+        self._shrink()
+        return num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        """What was set aside is not needed any more."""
+        self._num_set_aside -= num_bytes
+        self.num_bytes -= num_bytes
+
+    def _bytes_of(self, target: SlotState) -> int:
         receiver = self._prefiller.receiver.pool
         fused_rows = sum(section.stop - section.start for section in target.fused)
         num_bytes = (target.num_rows + fused_rows) * receiver.row_bytes
         for number, tokens in target.sharers.items():
             num_bytes += len(tokens.ids) * self._prefiller.sharers[number].pool.row_bytes
-        return num_bytes <= self._max_bytes
+        return num_bytes
 
     def find(self, target: SlotState) -> tuple[KeptRows | None, Reuse]:
         """The prompt that saves most, and what of it; None and nothing where none saves anything."""
@@ -58,7 +72,7 @@ class PrefixCache:
 
     def add(self, kept: KeptRows) -> None:
         """Keep a prompt, in place of those that are its beginning; what is used least goes where it does not fit."""
-        if kept.num_bytes > self._max_bytes:
+        if kept.num_bytes > self._max_bytes - self._num_set_aside:
             return
         for old in list(self._kept):
             covered = find_reuse(kept.state, old.state, kept.unfused, self._prefiller.wide)
@@ -68,6 +82,9 @@ class PrefixCache:
                 self._remove(old)
         self._kept.append(kept)
         self.num_bytes += kept.num_bytes
+        self._shrink()
+
+    def _shrink(self) -> None:
         while self.num_bytes > self._max_bytes:
             self._remove(self._kept[0])
 

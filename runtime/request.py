@@ -81,6 +81,16 @@ class Request:
     """Rows of these sharers are computed elsewhere, for exactly this prompt, and awaited rather than computed."""
 
     def __post_init__(self) -> None:
+        for name in ("fuse", "shorten", "ignore_eos"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name}: {getattr(self, name)!r} is not allowed; expected True or False")
+        wanted = self.max_new_tokens
+        if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1):
+            raise UsageError(f"max_new_tokens: {wanted!r} is not allowed; expected an integer of at least 1, or None")
+        if not isinstance(self.sharer_rows, Mapping) or not all(
+            isinstance(rows, Future) for rows in self.sharer_rows.values()
+        ):
+            raise UsageError(f"sharer_rows: {self.sharer_rows!r} is not allowed; expected futures by sharer's number")
         if self.logprobs is not None:
             _check_count("logprobs", self.logprobs, range(MAX_ALTERNATIVES + 1))
         _check_count("priority", self.priority, _PRIORITIES)
@@ -92,8 +102,7 @@ class Request:
         if self.deadline is not None and not (
             isinstance(self.deadline, int | float)
             and not isinstance(self.deadline, bool)
-            and math.isfinite(self.deadline)
-            and self.deadline > 0
+            and 0 < self.deadline < math.inf
         ):
             raise UsageError(f"deadline: {self.deadline!r} is not allowed; expected a number of seconds above 0")
 

@@ -9,29 +9,31 @@ One thread calls `step`; any thread may `submit` and `abort`. Not covered: that 
 (`runtime.async_engine`).
 """
 
-import heapq
 import logging
-import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from c2c_export.errors import C2CError, UsageError, reason_of
 from runtime.active_request import ActiveRequest, Listener
+from runtime.admission import Admission, Place
 from runtime.conversation import Conversation
 from runtime.decode_ranges import StepSlot, decode_ranges
 from runtime.generation import Chunk
 from runtime.pipeline import C2CPipeline
 from runtime.prefill import Prefill
-from runtime.prefill_work import Piece, PrefillSharer
+from runtime.prefill_work import Piece
 from runtime.prefix_cache import PrefixCache
 from runtime.prompt import Plan
 from runtime.reply import Reply, generation_limit
 from runtime.request import AbortedError, DeadlineError, QueueFullError, Request
-from runtime.request_queue import RequestQueue
 from runtime.row_keeper import RowKeeper
+from runtime.row_keeping import RowKeeping
 from runtime.sampling import Sampler
 from runtime.scheduler_observer import SchedulerObserver
 from runtime.stall_budget import StallBudget
@@ -56,21 +58,14 @@ class SchedulerOptions:
     """Memory for rows of former prompts; 0 keeps none."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.max_waiting, bool) or not isinstance(self.max_waiting, int) or self.max_waiting < 0:
-            raise UsageError(f"max_waiting: {self.max_waiting!r} is not allowed; expected an integer, 0 or more")
+        for name in ("max_waiting", "prefix_cache_bytes"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise UsageError(f"{name}: {value!r} is not allowed; expected an integer, 0 or more")
         for name in ("max_stall", "aging_seconds"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise UsageError(f"{name}: {value!r} is not allowed; expected a number of seconds above 0")
-
-
-@dataclass(frozen=True)
-class Place:
-    """A place in the queue for a request that is not planned yet."""
-
-    request: Request
-    since: float
-    """When it was asked for, by `time.perf_counter`."""
 
 
 class Scheduler:
@@ -80,30 +75,24 @@ class Scheduler:
         self, pipeline: C2CPipeline, options: SchedulerOptions | None = None, observer: SchedulerObserver | None = None
     ) -> None:
         """Raises `C2CError` when sessions of the pipeline are open."""
-        self._options = options or SchedulerOptions()
+        options = options or SchedulerOptions()
         self._observer = observer or SchedulerObserver()
         self._pipeline = pipeline
-        self.prefix_cache = PrefixCache(pipeline.prefiller, self._options.prefix_cache_bytes)
-        self._free_slots = list(pipeline.take_all_slots())
-        self.num_slots = len(self._free_slots)
+        self.prefix_cache = PrefixCache(pipeline.prefiller, options.prefix_cache_bytes)
+        self.num_slots = len(pipeline.take_all_slots())
+        self._admission = Admission(self.num_slots, options.max_waiting, options.aging_seconds)
         build = pipeline.engine_choice.record.build
         sizes = None if build is None else build.profile_sizes
         self._max_batch = None if sizes is None else sizes.max_batch
-        self._budget = StallBudget(self._options.max_stall)
+        self._budget = StallBudget(options.max_stall)
+        self._keeping = RowKeeping(self.prefix_cache)
         self._prefilling: list[ActiveRequest] = []
         self._decoding: list[ActiveRequest] = []
-        self._keepers: dict[int, RowKeeper] = {}
-        """By slot: what copies a prompt out of it for others."""
-        self._lock = threading.Lock()  # of the free slots and of the three below
-        self._queue = RequestQueue(self._options.aging_seconds)
-        self._reserved: set[str] = set()
-        self._live: dict[str, ActiveRequest] = {}
-        self._seconds_per_request = 1.0
 
     @property
     def num_waiting(self) -> int:
         """Requests without a slot, those that are being planned included."""
-        return len(self._queue) + len(self._reserved)
+        return self._admission.num_waiting
 
     @property
     def num_active(self) -> int:
@@ -112,13 +101,13 @@ class Scheduler:
 
     @property
     def num_free_slots(self) -> int:
-        """Slots without a request."""
-        return len(self._free_slots)
+        """Slots that hold neither a request nor a prompt that is being copied."""
+        return len(self._admission.free_slots)
 
     @property
     def has_requests(self) -> bool:
         """Whether any request waits or is served."""
-        return bool(self._live or self._reserved)
+        return self._admission.has_requests
 
     def plan(self, request: Request) -> Plan:
         """What a request's prompt is to every model. Raises `UsageError`."""
@@ -126,48 +115,37 @@ class Scheduler:
         sharers = self._pipeline.select_sharers(request.fuse, request.sharers)
         return self._pipeline.make_plan(conversation.messages, conversation.ids, sharers)
 
-    def reserve(self, request: Request) -> "Place":
-        """A place in the queue, at once; the request's time runs from now on.
+    def reserve(self, request: Request) -> Place:
+        """A place in the queue, at once. Raises what `Admission.reserve` raises."""
+        try:
+            return self._admission.reserve(request)
+        except QueueFullError:
+            self._observe(self._observer.refused)
+            raise
 
-        Raises `QueueFullError` where no more may wait (as many as there are free slots hardly do, and do not count),
-        and `UsageError` where another request has its id.
-        """
-        with self._lock:
-            if request.request_id in self._live or request.request_id in self._reserved:
-                raise UsageError(f"request_id: {request.request_id!r} is in use by another request")
-            num_waiting = len(self._queue) + len(self._reserved)
-            if num_waiting >= self._options.max_waiting + len(self._free_slots):
-                retry_after = max(1.0, self._seconds_per_request * num_waiting)
-                self._observer.refused()
-                raise QueueFullError(
-                    f"{num_waiting} requests wait already, as many as may; try again in some seconds", retry_after
-                )
-            self._reserved.add(request.request_id)
-        return Place(request, time.perf_counter())
+    def give_up(self, place: Place) -> None:
+        """Abort the request of a place, whether it is planned yet or not; nothing where it has ended."""
+        if self._admission.drop(place):
+            self._observe(self._observer.failed, AbortedError("the request was aborted"))
+        elif place.active is not None:
+            place.active.aborted = True
 
-    def give_up(self, place: "Place") -> None:
-        """Free a place whose request is not to be submitted after all; nothing where it was."""
-        with self._lock:
-            self._reserved.discard(place.request.request_id)
-
-    def submit(self, request: Request, listener: Listener, place: "Place | None" = None) -> None:
+    def submit(self, request: Request, listener: Listener, place: Place | None = None) -> None:
         """Plan a request in this thread and let it wait for a slot. `listener` is called by the thread of `step`.
 
-        `place` is what `reserve` gave, else it is asked for here. Raises what `reserve` raises, and `UsageError` for a
-        request that cannot be served.
+        `place` is what `reserve` gave, else it is asked for here. Raises what `reserve` raises, `UsageError` for a
+        request that cannot be served, and `AbortedError` where the place was given up meanwhile.
         """
         place = place or self.reserve(request)
         try:
+            if not self._admission.holds(place):
+                raise AbortedError("the request was aborted")
             active = self._planned(request, listener, place.since)
+            num_waiting = self._admission.enqueue(place, active)
         except BaseException:
-            self.give_up(place)
+            self._admission.drop(place)
             raise
-        with self._lock:
-            self._reserved.discard(request.request_id)
-            self._queue.put(active)
-            self._live[request.request_id] = active
-            num_waiting = len(self._queue)
-        self._observer.queued(num_waiting)
+        self._observe(self._observer.queued, num_waiting)
 
     def _planned(self, request: Request, listener: Listener, since: float) -> ActiveRequest:
         plan = self.plan(request)
@@ -182,19 +160,22 @@ class Scheduler:
 
     def abort(self, request_id: str) -> bool:
         """End a request with an `AbortedError` before anything else is computed; whether there was one."""
-        with self._lock:
-            active = self._live.get(request_id)
-            if active is None:
-                return False
-            active.aborted = True
+        if self._admission.drop_id(request_id):  # whoever plans it hears of it when that is done
+            self._observe(self._observer.failed, AbortedError("the request was aborted"))
             return True
+        active = self._admission.find(request_id)
+        if active is None:
+            return False
+        active.aborted = True
+        return True
 
-    def end_all(self, error: C2CError) -> None:
-        """End every request with `error`; called by the thread of `step`, or when it steps no more."""
-        with self._lock:
-            every = list(self._live.values())
-        for active in every:
-            self._fail(active, error)
+    def end_all(self, make_error: Callable[[], C2CError]) -> None:
+        """End every planned request, each with an error of its own.
+
+        Called by the thread of `step`, or when it steps no more.
+        """
+        for active in self._admission.every():
+            self._fail(active, make_error())
 
     def step(self) -> bool:
         """Go once round. Returns whether anything was done: if not, all wait for rows that are computed elsewhere."""
@@ -203,17 +184,14 @@ class Scheduler:
         prefilled = self._prefill_some()
         decoded = self._decode()
         if ended or admitted or prefilled or decoded:
-            self._observer.stepped(
-                len(self._decoding), len(self._prefilling), len(self._queue), self.prefix_cache.num_bytes
-            )
+            num_bytes, num_queued = self.prefix_cache.num_bytes, self._admission.num_queued
+            self._observe(self._observer.stepped, len(self._decoding), len(self._prefilling), num_queued, num_bytes)
             return True
         return False
 
     def _end_unwanted(self) -> bool:
-        with self._lock:
-            every = list(self._live.values())
         ended = False
-        for active in every:
+        for active in self._admission.every():
             if active.aborted:
                 self._fail(active, AbortedError("the request was aborted"))
             elif active.overdue:
@@ -225,16 +203,11 @@ class Scheduler:
 
     def _admit(self) -> bool:
         admitted = False
-        while self._free_slots:
-            with self._lock:
-                active, num_waiting = self._queue.take(), len(self._queue)
-                if active is None:
-                    break
-                # The lowest free slot, so that the slots of a decode step lie together.
-                active.slot = heapq.heappop(self._free_slots)
+        while (taken := self._admission.take()) is not None:
+            active, num_waiting = taken
             admitted, active.started = True, time.perf_counter()
             self._prefilling.append(active)
-            self._observer.started(active.started - active.submitted, num_waiting)
+            self._observe(self._observer.started, active.started - active.submitted, num_waiting)
         return admitted
 
     def _next_to_prefill(self) -> ActiveRequest | None:
@@ -246,7 +219,7 @@ class Scheduler:
             try:
                 prefill = active.prefill or self._begin(active)
             except Exception as error:
-                self._fail(active, _own(error))
+                self._fail(active, _own(error, "the prompt"))
                 continue
             if not prefill.waiting:
                 return active
@@ -257,46 +230,43 @@ class Scheduler:
         target = prefiller.target(active.plan)
         kept, reuse = self.prefix_cache.find(target)
         active.num_reused_tokens = reuse.num_rows
-        worth_keeping = reuse.num_rows < target.num_rows - 1 and self.prefix_cache.worth_keeping(target)
+        keep_rows = reuse.num_rows < target.num_rows - 1 and self._keeping.set_aside(active.slot, target)
         active.prefill = Prefill(
             prefiller,
             active.slot,
             active.plan,
             reuse,
             begun_with=kept,
-            keep_rows=worth_keeping,
+            keep_rows=keep_rows,
             sharer_rows=active.request.sharer_rows,
         )
         return active.prefill
 
     def _prefill_some(self) -> bool:
-        """Keep rows and run pieces of prompts, one prompt after the other, as long as decoding may stall."""
+        """Copy rows to keep and run pieces of prompts, one prompt after the other, as long as decoding may stall."""
         started, ran = time.perf_counter(), False
-        while self._keepers or self._prefilling:
+        while self._keeping or self._prefilling:
             spent = time.perf_counter() - started
             if ran and (self._budget.used_up(spent) or not self._decoding):
                 return True
-            if self._keepers:
-                self._keep_some(next(iter(self._keepers)), spent)
+            if self._keeping:
+                self._keep_some(spent)
                 ran = True
                 continue
             active = self._next_to_prefill()
             if active is None:
                 return ran
-            if not self._run_piece(active, spent, ran):
-                return True
+            self._run_piece(active, spent)
             ran = True
         return ran
 
-    def _run_piece(self, active: ActiveRequest, spent: float, ran: bool) -> bool:
-        """Run what fits into the rest of the budget; False where it does not, and something `ran` before."""
+    def _run_piece(self, active: ActiveRequest, spent: float) -> None:
+        """Run what fits into the rest of the budget."""
         prefill = _prefill_of(active)
         kind = _kind_of(prefill.next_piece)
         max_rows = self._budget.rows(kind, spent)
         if not self._decoding:  # nobody stalls, but aborts and newcomers wait for it
             max_rows = min(_UNSTALLED_ROWS, _UNSTALLED_TIMES * max_rows)
-        elif ran and not max_rows:
-            return False
         before, started = prefill.num_rows_left, time.perf_counter()
         try:
             piece = prefill.advance(max_rows)
@@ -310,8 +280,7 @@ class Scheduler:
             if prefill.done:
                 self._finish_prefill(active)
         except Exception as error:
-            self._fail(active, _own(error))
-        return True
+            self._fail(active, _own(error, "the prompt"))
 
     def _finish_prefill(self, active: ActiveRequest) -> None:
         """Choose the first token; the prompt's rows are kept for others meanwhile."""
@@ -319,40 +288,25 @@ class Scheduler:
         active.prefill_timings = prefill.timings()
         active.state = self._pipeline.prefiller.target(active.plan)
         active.next_position = active.plan.num_positions
-        keeper = prefill.row_keeper()
-        if keeper is not None:
-            self._keepers[active.slot] = keeper
+        self._keeping.begin(active.slot, prefill)
         self._prefilling.remove(active)
         self._decoding.append(active)
         active.prefill = None
-        self._observer.prefilled(active.state.num_rows, active.num_reused_tokens)
+        self._observe(self._observer.prefilled, active.state.num_rows, active.num_reused_tokens)
         logits, active.logits = active.logits, None
         assert logits is not None
         if self._take_token(active, logits):
-            self._observer.first_token(active.first_token_at - active.submitted)
+            self._observe(self._observer.first_token, active.first_token_at - active.submitted)
 
-    def _keep_some(self, slot: int, spent: float) -> None:
-        """Copy some rows of a slot; all that is left where nobody decodes."""
-        keeper, started = self._keepers[slot], time.perf_counter()
-        max_rows = self._budget.rows(RowKeeper, spent) if self._decoding else keeper.num_rows_left
-        before = keeper.num_rows_left
-        going_on = self._keep(keeper, max_rows)
-        self._budget.measured(RowKeeper, before - keeper.num_rows_left, time.perf_counter() - started)
-        if not going_on:
-            del self._keepers[slot]
-
-    def _keep(self, keeper: RowKeeper, max_rows: int) -> bool:
-        """Copy about so many rows, and keep them all where that was the last; whether more are to be copied."""
-        try:
-            left = max_rows
-            while left > 0 and not keeper.done:
-                left -= keeper.advance(left)
-            if keeper.done:
-                self.prefix_cache.add(keeper.kept_rows())
-        except Exception:  # such as no memory: nobody's answer depends on it
-            _log.exception("rows of a prompt could not be kept")
-            return False
-        return not keeper.done
+    def _keep_some(self, spent: float) -> None:
+        """Copy some rows of a prompt; all that are left where nobody decodes."""
+        started = time.perf_counter()
+        max_rows = self._budget.rows(RowKeeper, spent) if self._decoding else self._keeping.num_rows_left
+        copied = self._keeping.advance(max(1, max_rows))
+        if copied:
+            self._budget.measured(RowKeeper, copied, time.perf_counter() - started)
+        for slot in self._keeping.take_free():
+            self._admission.free(slot)
 
     def _decode(self) -> bool:
         """One step of every request that generates."""
@@ -364,7 +318,7 @@ class Scheduler:
             for slot, active in by_slot.items()
         }
         # What lies between them is computed too: into rows that nothing has been written to yet.
-        spare = dict.fromkeys(self._free_slots, 0)
+        spare = dict.fromkeys(self._admission.free_slots, 0) | self._keeping.left_slots
         spare |= {active.slot: active.prefill.num_rows if active.prefill else 0 for active in self._prefilling}
         receiver = self._pipeline.receiver
         for slots, step in decode_ranges(wanted, spare, receiver.capacity, self._max_batch):
@@ -377,42 +331,41 @@ class Scheduler:
                     slots.start,
                 )
                 logits = receiver.step_logits(len(slots))
-            except C2CError as error:
+            except Exception as error:
                 for active in served:
-                    self._fail(active, error)
+                    self._fail(active, _own(error, "a decode step"))
                 continue
             for active in served:
                 active.state.append(active.reply.token_ids[-1], active.next_position)
                 active.next_position += 1
                 before = active.last_token_at
                 if self._take_token(active, logits[active.slot - slots.start]):
-                    self._observer.next_token(active.last_token_at - before)
+                    self._observe(self._observer.next_token, active.last_token_at - before)
         return True
 
     def _take_token(self, active: ActiveRequest, logits: NDArray[np.float32]) -> bool:
         """Choose a token and tell it; whether that went well."""
         try:
             chunk = active.take_token(logits)
-        except C2CError as error:
+            last = None if active.reply.ended_by is None else active.last_chunk()
+        except Exception as error:
             if not np.isfinite(logits).all():
-                self._clear_slot(active)
-            self._fail(active, error)
+                self._cleared(partial(self._clear_slot, active))
+            self._fail(active, _own(error, "choosing a token"))
             return False
         self._tell(active, chunk)
-        if active.reply.ended_by is not None:
-            last = active.last_chunk()
-            self._release(active)
-            seconds = time.perf_counter() - active.started
-            self._seconds_per_request += 0.1 * (seconds / self.num_slots - self._seconds_per_request)
+        if last is not None:
+            self._end(active, answered=True)
+            self._admission.served(time.perf_counter() - active.started)
             assert last.generation is not None
             # Who has the answer finds it counted.
-            self._observer.finished(last.generation)
+            self._observe(self._observer.finished, last.generation)
             self._tell(active, last)
         return True
 
     def _fail(self, active: ActiveRequest, error: Exception) -> None:
-        if self._release(active):
-            self._observer.failed(error)
+        if self._end(active, answered=False):
+            self._observe(self._observer.failed, error)
             self._tell(active, error)
 
     def _tell(self, active: ActiveRequest, event: Chunk | Exception) -> None:
@@ -421,6 +374,19 @@ class Scheduler:
         except Exception:  # a listener's fault is its own request's, and no other's
             _log.exception("the listener of request %s failed", active.request.request_id)
             active.aborted = True
+            active.listener = _ignore
+
+    def _observe(self, told: Callable[..., None], *values: Any) -> None:
+        try:
+            told(*values)
+        except Exception:  # no answer depends on what is counted
+            _log.exception("the observer failed")
+
+    def _cleared(self, clear: Callable[[], None]) -> None:
+        try:
+            clear()
+        except Exception:  # the request ends all the same
+            _log.exception("a slot could not be cleared")
 
     def _clear_slot(self, active: ActiveRequest) -> None:
         """Leave no NaN in a slot: some engines add masked rows, times zero."""
@@ -429,28 +395,35 @@ class Scheduler:
         for number, tokens in active.state.sharers.items():
             self._pipeline.prefiller.sharers[number].clear_rows(active.slot, len(tokens.ids))
 
-    def _release(self, active: ActiveRequest) -> bool:
-        """Take a request out of wherever it is; its slot is free at once. Returns whether it was anywhere."""
-        with self._lock:
-            if self._live.pop(active.request.request_id, None) is None:
-                return False
-            self._queue.remove(active)
-        keeper = self._keepers.pop(active.slot, None)
-        if keeper is not None and active.reply.ended_by is not None:
-            self._keep(keeper, keeper.num_rows_left)
-        if active.slot >= 0:
-            with self._lock:
-                heapq.heappush(self._free_slots, active.slot)
-            active.slot = -1
+    def _end(self, active: ActiveRequest, *, answered: bool) -> bool:
+        """Take a request out of wherever it is; whether it was anywhere.
+
+        Its slot is free at once, but for that of an answered one whose prompt is still being copied.
+        """
+        if not self._admission.end(active):
+            return False
         for stage in (self._prefilling, self._decoding):
             if active in stage:
                 stage.remove(active)
-        active.prefill = None
+        slot, active.slot = active.slot, -1
+        if slot < 0:
+            return True
+        if active.prefill is not None:  # nobody has seen whether its rows are finite
+            self._cleared(active.prefill.clear)
+            active.prefill = None
+        if not answered:
+            self._keeping.drop(slot)
+        if self._keeping.leave(slot, len(active.plan.receiver.ids)):
+            self._admission.free(slot)
         return True
 
 
-def _own(error: Exception) -> C2CError:
-    return error if isinstance(error, C2CError) else C2CError(f"the prompt failed: {reason_of(error)}")
+def _ignore(event: Chunk | Exception) -> None:
+    """In place of a listener that failed."""
+
+
+def _own(error: Exception, what: str) -> C2CError:
+    return error if isinstance(error, C2CError) else C2CError(f"{what} failed: {reason_of(error)}")
 
 
 def _prefill_of(active: ActiveRequest) -> Prefill:
@@ -459,4 +432,4 @@ def _prefill_of(active: ActiveRequest) -> Prefill:
 
 
 def _kind_of(piece: Piece) -> tuple[type[Piece], int]:
-    return type(piece), piece.number if isinstance(piece, PrefillSharer) else 0
+    return type(piece), getattr(piece, "number", 0)

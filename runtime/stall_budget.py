@@ -34,10 +34,11 @@ class StallBudget:
         if kind not in self._last:
             return _FIRST_ROWS
         rows, took = self._last[kind]
-        return min(int(rows * _MARGIN * left / took), rows * _GROWTH)
+        return max(1, min(int(rows * _MARGIN * left / took), rows * _GROWTH))
 
     def measured(self, kind: Hashable, rows: int, seconds: float) -> None:
         """A piece of so many rows, 1 or more, took so long."""
+        assert rows >= 1
         last_rows, _ = self._last.get(kind, (0, 0.0))
         if rows >= last_rows / 2 or seconds > self.seconds:
             self._last[kind] = (rows, max(seconds, 1e-6))

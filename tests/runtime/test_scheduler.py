@@ -133,9 +133,9 @@ def finish(scheduler: Scheduler, requests: Sequence[Request]) -> list[Generation
 
 def drive(scheduler: Scheduler) -> None:
     for _ in range(100_000):
-        if not scheduler.has_requests:
+        # The last steps copy what is to be kept.
+        if not scheduler.step() and not scheduler.has_requests:
             break
-        scheduler.step()
     assert not scheduler.has_requests
     assert scheduler.num_free_slots == scheduler.num_slots
     assert (scheduler.num_active, scheduler.num_waiting) == (0, 0)
@@ -346,7 +346,6 @@ def test_what_cannot_be_served_is_refused_at_once(name: str, pipelines: Pipeline
     cases = [
         (Request(prompt=[5] * (capacity + 1)), f"capacity is {capacity}"),
         (Request(prompt="Hi", max_new_tokens=capacity), "exceed"),
-        (Request(prompt="Hi", max_new_tokens=0), "max_new_tokens"),
         (Request(prompt="Hi", sharers=[7]), "sharer 7"),
         (Request(prompt=[10**9]), "token 0"),
         (Request(prompt="Hi", stop=[""]), "stop"),
@@ -364,6 +363,14 @@ def test_what_cannot_be_served_is_refused_at_once(name: str, pipelines: Pipeline
         ({"request_id": 1}, "request_id"),
         ({"sampling": {}}, "sampling"),
         ({"deadline": float("nan")}, "deadline"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"max_new_tokens": "5", "shorten": True}, "max_new_tokens"),
+        ({"max_new_tokens": float("inf"), "shorten": True}, "max_new_tokens"),
+        ({"fuse": "no"}, "fuse"),
+        ({"shorten": None}, "shorten"),
+        ({"ignore_eos": 1}, "ignore_eos"),
+        ({"sharer_rows": None}, "sharer_rows"),
+        ({"sharer_rows": {0: "rows"}}, "sharer_rows"),
     ):
         with pytest.raises(UsageError, match=field_name):
             Request(prompt="Hi", **options)  # type: ignore[arg-type]

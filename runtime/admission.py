@@ -1,0 +1,151 @@
+"""Which requests are taken: a place for each that is asked for, a bounded queue, and slots for those whose turn it is.
+
+A request has a place while it is planned, then waits in the queue, then has a slot, and ends from wherever it is. An id
+is one request's at a time; who holds a place or a request holds the object, as its id may be another's by then.
+
+Any thread may call these methods; `take`, `end` and `free` are for the scheduler's.
+"""
+
+import heapq
+import threading
+import time
+from dataclasses import dataclass
+
+from c2c_export.errors import UsageError
+from runtime.active_request import ActiveRequest
+from runtime.request import AbortedError, QueueFullError, Request
+from runtime.request_queue import RequestQueue
+
+
+@dataclass(eq=False)
+class Place:
+    """A place in the queue for a request that is planned meanwhile."""
+
+    request: Request
+    since: float
+    """When it was asked for, by `time.perf_counter`."""
+    active: ActiveRequest | None = None
+    """The request itself, once it is planned and waits."""
+
+
+class Admission:
+    """Places, queue and slots; `num_slots` requests are served at once, and `max_waiting` more may wait."""
+
+    def __init__(self, num_slots: int, max_waiting: int, aging_seconds: float) -> None:
+        self.num_slots = num_slots
+        self._max_waiting = max_waiting
+        self._lock = threading.Lock()
+        self._queue = RequestQueue(aging_seconds)
+        self._planned_places: dict[str, Place] = {}
+        self._live: dict[str, ActiveRequest] = {}
+        """Those that wait in the queue or have a slot."""
+        self._free_slots = list(range(num_slots))
+        self._seconds_per_request = 1.0
+
+    @property
+    def num_queued(self) -> int:
+        """Requests that are planned and wait for a slot."""
+        return len(self._queue)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a slot, those that are being planned included."""
+        return len(self._queue) + len(self._planned_places)
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether any request is being planned, waits or has a slot."""
+        return bool(self._live or self._planned_places)
+
+    @property
+    def free_slots(self) -> tuple[int, ...]:
+        """Slots that nobody has."""
+        return tuple(self._free_slots)
+
+    def reserve(self, request: Request) -> Place:
+        """A place, at once; the request's time runs from now on.
+
+        Raises `QueueFullError` where no more may wait (as many as there are unserved slots hardly do, and do not
+        count), and `UsageError` where another request has its id.
+        """
+        with self._lock:
+            if request.request_id in self._live or request.request_id in self._planned_places:
+                raise UsageError(f"request_id: {request.request_id!r} is in use by another request")
+            num_waiting = self.num_waiting
+            num_served = len(self._live) - len(self._queue)
+            if num_waiting >= self._max_waiting + self.num_slots - num_served:
+                retry_after = max(1.0, self._seconds_per_request * num_waiting)
+                raise QueueFullError(
+                    f"{num_waiting} requests wait already, as many as may; try again in some seconds", retry_after
+                )
+            place = Place(request, time.perf_counter())
+            self._planned_places[request.request_id] = place
+            return place
+
+    def holds(self, place: Place) -> bool:
+        """Whether a place is still kept for its request."""
+        return self._planned_places.get(place.request.request_id) is place
+
+    def drop(self, place: Place) -> bool:
+        """Let go of a place; whether it was still kept."""
+        with self._lock:
+            return self._take_back(place)
+
+    def drop_id(self, request_id: str) -> bool:
+        """Let go of the place of a request that is being planned; whether there was one."""
+        with self._lock:
+            place = self._planned_places.get(request_id)
+            return place is not None and self._take_back(place)
+
+    def enqueue(self, place: Place, active: ActiveRequest) -> int:
+        """Let a planned request wait; returns how many do. Raises `AbortedError` where its place was let go of."""
+        with self._lock:
+            if not self._take_back(place):
+                raise AbortedError("the request was aborted")
+            self._queue.put(active)
+            self._live[active.request.request_id] = active
+            place.active = active
+            return len(self._queue)
+
+    def find(self, request_id: str) -> ActiveRequest | None:
+        """The request that waits or has a slot under this id."""
+        return self._live.get(request_id)
+
+    def every(self) -> list[ActiveRequest]:
+        """All requests that wait or have a slot."""
+        with self._lock:
+            return list(self._live.values())
+
+    def take(self) -> tuple[ActiveRequest, int] | None:
+        """The request whose turn it is, with a slot from now on, and how many wait still; None without either."""
+        with self._lock:
+            active = self._queue.take() if self._free_slots else None
+            if active is None:
+                return None
+            # The lowest free slot, so that the slots of a decode step lie together.
+            active.slot = heapq.heappop(self._free_slots)
+            return active, len(self._queue)
+
+    def end(self, active: ActiveRequest) -> bool:
+        """Forget a request, which leaves its slot to `free`; whether it was there."""
+        with self._lock:
+            if self._live.get(active.request.request_id) is not active:
+                return False
+            del self._live[active.request.request_id]
+            self._queue.remove(active)
+            return True
+
+    def free(self, slot: int) -> None:
+        """The slot may be the next request's."""
+        with self._lock:
+            heapq.heappush(self._free_slots, slot)
+
+    def served(self, seconds: float) -> None:
+        """A request was answered, so long after it got its slot; from this waiting times are estimated."""
+        self._seconds_per_request += 0.1 * (seconds / self.num_slots - self._seconds_per_request)
+
+    def _take_back(self, place: Place) -> bool:
+        if not self.holds(place):
+            return False
+        del self._planned_places[place.request.request_id]
+        return True
