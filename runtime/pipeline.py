@@ -28,6 +28,7 @@ from runtime.prefill import Prefiller
 from runtime.prompt import Plan
 from runtime.score import Score
 from runtime.session import Session
+from runtime.slot_state import SlotState
 
 
 class C2CPipeline:
@@ -177,8 +178,10 @@ class C2CPipeline:
         with self.prefill(one_prompt(messages, input_ids), fuse=fuse, sharers=sharers) as session:
             return session.score(continuation)
 
-    def release_slot(self, slot: int) -> None:
-        """Make a session's slot free for another; sessions do it themselves."""
+    def release_slot(self, slot: int, state: SlotState) -> None:
+        """Make a session's slot, which holds `state`, free for another; sessions do it themselves."""
+        if not self.prefiller.is_finite(slot, state):  # some engines add masked rows, times zero
+            self.prefiller.clear(slot, state)
         self._free_slots.append(slot)
 
     def make_plan(self, messages: list[Message] | None, ids: Sequence[int], sharers: tuple[int, ...]) -> Plan:

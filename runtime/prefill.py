@@ -70,11 +70,27 @@ class Prefiller:
         """
         target = self.target(plan)
         prefill = Prefill(self, slot, plan, find_reuse(state, target))
-        while not prefill.done:
-            prefill.advance()
+        try:
+            while not prefill.done:
+                prefill.advance()
+        except BaseException:
+            prefill.clear()
+            raise
         state.receiver, state.sharers = target.receiver, target.sharers
         state.fused, state.closing = target.fused, target.closing
         return prefill
+
+    def clear(self, slot: int, state: SlotState) -> None:
+        """Write zeros into a slot that holds `state`, and into the row behind it, which a step may have written."""
+        self.receiver.clear_rows(slot, min(state.num_rows + 1, self.receiver.capacity))
+        for number, tokens in state.sharers.items():
+            self.sharers[number].clear_rows(slot, len(tokens.ids))
+
+    def is_finite(self, slot: int, state: SlotState) -> bool:
+        """Whether all rows of a slot that holds `state` are: the last one is not where one before it is not."""
+        pool, stop = self.receiver.pool, state.num_rows
+        last = pool.take_rows(pool.names, slot, max(0, stop - 1), stop)
+        return all(np.isfinite(rows).all() for rows in last.values())
 
 
 class Prefill:

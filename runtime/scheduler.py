@@ -350,7 +350,7 @@ class Scheduler:
             last = None if active.reply.ended_by is None else active.last_chunk()
         except Exception as error:
             if not np.isfinite(logits).all():
-                self._cleared(partial(self._clear_slot, active))
+                self._cleared(partial(self._pipeline.prefiller.clear, active.slot, active.state))
             self._fail(active, _own(error, "choosing a token"))
             return False
         self._tell(active, chunk)
@@ -383,17 +383,11 @@ class Scheduler:
             _log.exception("the observer failed")
 
     def _cleared(self, clear: Callable[[], None]) -> None:
+        """Leave no NaN in a slot: some engines add masked rows, times zero."""
         try:
             clear()
         except Exception:  # the request ends all the same
             _log.exception("a slot could not be cleared")
-
-    def _clear_slot(self, active: ActiveRequest) -> None:
-        """Leave no NaN in a slot: some engines add masked rows, times zero."""
-        receiver = self._pipeline.receiver
-        receiver.clear_rows(active.slot, min(active.state.num_rows + 1, receiver.capacity))
-        for number, tokens in active.state.sharers.items():
-            self._pipeline.prefiller.sharers[number].clear_rows(active.slot, len(tokens.ids))
 
     def _end(self, active: ActiveRequest, *, answered: bool) -> bool:
         """Take a request out of wherever it is; whether it was anywhere.

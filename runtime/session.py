@@ -32,10 +32,11 @@ class Session:
     def __init__(self, pipeline: "C2CPipeline", slot: int, sharers: tuple[int, ...]) -> None:
         self._pipeline = pipeline
         self._slot = slot
-        # A session that is simply dropped gives its slot back too.
-        self._release = weakref.finalize(self, pipeline.release_slot, slot)
         self._sharers = sharers
         self._state = SlotState()
+        # A session that is simply dropped gives its slot back too.
+        self._release = weakref.finalize(self, pipeline.release_slot, slot, self._state)
+        self._release.atexit = False
         self._conversation = Conversation(None, [])
         self._logits: NDArray[np.float32] = np.zeros(0, dtype=np.float32)
         self._last_logits = self._logits

@@ -3,8 +3,10 @@
 import asyncio
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from runtime import (
     SamplingParams,
     SchedulerOptions,
 )
+from runtime.prompt import Plan
 
 ROOT = Path(__file__).parents[2]
 NAME = "qwen3_from_llama_aligned"
@@ -155,6 +158,53 @@ def test_an_aborted_request_ends_with_an_error_wherever_it_is(run: Callable[...,
             with pytest.raises(AbortedError):
                 await task
         assert not engine.abort(requests[0].request_id)
+
+    run(scenario)
+
+
+def hold_planning(engine: AsyncC2CEngine, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Two events: a prompt is being planned; and, to be set, the engine goes on with it."""
+    planning, go_on, plan = threading.Event(), threading.Event(), engine._scheduler.plan
+
+    def held(request: Request) -> Plan:
+        planning.set()
+        go_on.wait()
+        return plan(request)
+
+    monkeypatch.setattr(engine._scheduler, "plan", held)
+    return planning, go_on
+
+
+def test_abort_reaches_a_request_that_is_still_planned(
+    run: Callable[..., AsyncC2CEngine], monkeypatch: pytest.MonkeyPatch
+):
+    async def scenario(engine: AsyncC2CEngine) -> None:
+        planning, go_on = hold_planning(engine, monkeypatch)
+        tasks = [asyncio.create_task(engine.generate(replace(ENDLESS, request_id=name))) for name in ("first", "next")]
+        await asyncio.to_thread(planning.wait)
+        assert engine.abort("first")  # its plan is being made
+        assert engine.abort("next")  # its turn has not come
+        assert not engine.abort("next")
+        assert engine.num_waiting == 0
+        go_on.set()
+        for task in tasks:
+            with pytest.raises(AbortedError):
+                await task
+
+    run(scenario)
+
+
+def test_closing_gives_up_what_is_still_planned(run: Callable[..., AsyncC2CEngine], monkeypatch: pytest.MonkeyPatch):
+    async def scenario(engine: AsyncC2CEngine) -> None:
+        planning, go_on = hold_planning(engine, monkeypatch)
+        task = asyncio.create_task(engine.generate(ENDLESS))
+        await asyncio.to_thread(planning.wait)
+        closing = asyncio.create_task(engine.close(drain_seconds=0))
+        await until(lambda: not engine.ready)
+        go_on.set()
+        await closing
+        with pytest.raises(ClosedError):
+            await task
 
     run(scenario)
 

@@ -27,8 +27,11 @@ from runtime import (
     SchedulerObserver,
     SchedulerOptions,
 )
+from runtime.active_request import ActiveRequest
 from runtime.conversation import Conversation
+from runtime.decoder import Decoder
 from runtime.kept_rows import SharerRows
+from runtime.row_keeper import RowKeeper
 from runtime.scheduler import Scheduler
 
 UNALIGNED, CLOSING_PADDING, ALIGNED = "qwen3_from_qwen2", "qwen3_from_llama_aligned", "llama_from_gemma3_aligned"
@@ -514,16 +517,201 @@ def test_a_slot_that_overflowed_serves_the_next_request(
 
 
 @every(UNALIGNED)
-def test_a_listener_that_fails_ends_its_own_request_alone(name: str, pipelines: PipelineOf):
+def test_a_slot_whose_prefill_was_aborted_leaves_no_nan_to_the_next_request(
+    name: str, pipelines: PipelineOf, monkeypatch: pytest.MonkeyPatch
+):
+    pipe = pipelines(name)
+    request = Request(prompt=[7, 8, 9, 10, 11], max_new_tokens=4, ignore_eos=True, logprobs=2)
+    expected = alone(pipe, request)
+    scheduler, outcome = Scheduler(pipelines(name), SchedulerOptions(prefix_cache_bytes=0)), Outcome()
+    small_pieces(scheduler, 8)
+    with monkeypatch.context() as overflowing:
+        for decoder in pipe.decoders:
+            overflowing.setattr(decoder, "run", overflowing_run(decoder))
+        long = Request(prompt=[5 + index % 50 for index in range(150)], max_new_tokens=1)
+        scheduler.submit(long, outcome)
+        for _ in range(8):
+            scheduler.step()
+        assert scheduler.num_active == 1
+        scheduler.abort(long.request_id)
+        drive(scheduler)
+    assert isinstance(outcome.errors[0], AbortedError)
+    assert_same_answer(name, finish(scheduler, [request])[0], expected)
+
+
+def overflowing_run(decoder: Decoder) -> Callable[..., None]:
+    run = decoder.run
+
+    def overflow(slot: int, ids: Any, position_ids: Any, write_index: int, **options: Any) -> None:
+        run(slot, ids, position_ids, write_index, **options)
+        rows = decoder.pool.take_rows(decoder.pool.names, slot, write_index, write_index + len(ids))
+        nan = {cache: np.full_like(values, np.nan) for cache, values in rows.items()}
+        decoder.pool.put_rows(slot, write_index, nan)
+
+    return overflow
+
+
+@every(UNALIGNED)
+def test_an_id_may_come_again_while_its_first_request_is_planned(
+    name: str, pipelines: PipelineOf, monkeypatch: pytest.MonkeyPatch
+):
+    watcher, first, second = Watcher(), Outcome(), Outcome()
+    scheduler = Scheduler(pipelines(name), None, watcher)
+    request = Request(prompt="Hi", max_new_tokens=3, ignore_eos=True, request_id="same")
+    place, plan = scheduler.reserve(request), scheduler.plan
+
+    def plan_while_it_comes_again(planned: Request) -> Any:
+        monkeypatch.setattr(scheduler, "plan", plan)
+        scheduler.give_up(place)
+        scheduler.submit(request, second)
+        return plan(planned)
+
+    monkeypatch.setattr(scheduler, "plan", plan_while_it_comes_again)
+    with pytest.raises(AbortedError):
+        scheduler.submit(request, first, place)
+    drive(scheduler)
+    assert not first.ended
+    assert len(second.generation.token_ids) == 3
+    assert [type(error) for error in watcher.failures] == [AbortedError]
+    scheduler.give_up(place)  # it has ended, and nothing else is meant
+    assert not scheduler.abort("same")
+
+
+@every(UNALIGNED)
+def test_a_request_may_be_aborted_while_it_is_planned(name: str, pipelines: PipelineOf):
+    watcher = Watcher()
+    scheduler = Scheduler(pipelines(name), None, watcher)
+    request = Request(prompt="Hi")
+    place = scheduler.reserve(request)
+    assert scheduler.abort(request.request_id)
+    assert not scheduler.abort(request.request_id)
+    with pytest.raises(AbortedError):
+        scheduler.submit(request, Outcome(), place)
+    assert not scheduler.has_requests
+    assert [type(error) for error in watcher.failures] == [AbortedError]
+
+
+@every(UNALIGNED)
+def test_rows_that_cannot_be_kept_harm_no_answer_and_are_not_tried_again(
+    name: str, pipelines: PipelineOf, monkeypatch: pytest.MonkeyPatch
+):
+    request = Request(prompt=QUESTIONS[3], max_new_tokens=6, ignore_eos=True, logprobs=5)
+    expected = alone(pipelines(name), request)
+    tries: list[int] = []
+
+    def fail(keeper: RowKeeper, max_rows: int) -> int:
+        tries.append(max_rows)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(RowKeeper, "advance", fail)
+    scheduler = Scheduler(pipelines(name))
+    other = Outcome()
+    scheduler.submit(Request(prompt="Hi", max_new_tokens=20, ignore_eos=True), other)
+    assert_same_answer(name, finish(scheduler, [request])[0], expected)
+    assert other.generation
+    assert len(tries) == 2  # one for each prompt
+    assert (len(scheduler.prefix_cache), scheduler.prefix_cache.num_bytes) == (0, 0)
+
+
+@every(ALIGNED)
+def test_requests_go_on_while_another_prompt_is_put_back_and_kept(name: str, pipelines: PipelineOf):
+    scheduler = Scheduler(pipelines(name))
+    prompt = [SYSTEM, {"role": "user", "content": QUESTIONS[3]}]
+    finish(scheduler, [Request(prompt=prompt, max_new_tokens=1)])
+    small_pieces(scheduler, 2)
+    scheduler._budget.used_up = lambda spent: True  # type: ignore[method-assign]
+    running, again = Outcome(), Outcome()
+    scheduler.submit(Request(prompt="Hi", max_new_tokens=200, ignore_eos=True), running)
+    while not running.chunks:
+        scheduler.step()
+    scheduler.submit(Request(prompt=[*prompt[:1], {"role": "user", "content": QUESTIONS[3] + " Well?"}]), again)
+    tokens = len(running.chunks)
+    while not again.chunks:
+        scheduler.step()
+        tokens += 1
+        assert len(running.chunks) == tokens, "a step without a token"
+    # Two rows at a time of the receiver, and as many of the sharer.
+    num_rows = len(scheduler.plan(Request(prompt=prompt)).receiver.ids)
+    assert tokens > num_rows
+    drive(scheduler)
+
+
+@every(ALIGNED)
+def test_a_slot_is_anothers_when_its_prompt_is_copied(name: str, pipelines: PipelineOf):
+    watcher = Watcher()
+    scheduler = Scheduler(pipelines(name), None, watcher)
+    request = Request(prompt=QUESTIONS[3], max_new_tokens=1, logprobs=5)
+    expected = alone(pipelines(name), request)
+    scheduler = Scheduler(pipelines(name), None, watcher)
+    small_pieces(scheduler, 2)
+    running, short = Outcome(), Outcome()
+    scheduler.submit(Request(prompt="Hi", max_new_tokens=200, ignore_eos=True), running)
+    while not running.chunks:
+        scheduler.step()
+    scheduler._budget.used_up = lambda spent: True  # type: ignore[method-assign]
+    scheduler.submit(request, short)
+    while not short.ended:
+        scheduler.step()
+    assert scheduler.num_active == 1
+    assert scheduler.num_free_slots == 2
+    while scheduler.num_free_slots < 3:
+        scheduler.step()
+    assert_same_answer(name, finish(scheduler, [replace(request, request_id="again")])[0], expected)
+    assert watcher.reused[-1] > 8
+    drive(scheduler)
+
+
+@every(UNALIGNED)
+def test_a_listener_that_fails_ends_its_own_request_alone_and_hears_no_more(name: str, pipelines: PipelineOf):
     scheduler, told = Scheduler(pipelines(name)), Outcome()
+    heard: list[object] = []
 
     def fail(event: object) -> None:
+        heard.append(event)
         raise RuntimeError("nobody listens")
 
     scheduler.submit(Request(prompt="Hi", ignore_eos=True), fail)
     scheduler.submit(Request(prompt="Hi", max_new_tokens=5, ignore_eos=True), told)
     drive(scheduler)
     assert len(told.generation.token_ids) == 5
+    assert len(heard) == 1
+
+
+@every(UNALIGNED)
+def test_an_observer_that_fails_ends_nothing(name: str, pipelines: PipelineOf):
+    class Failing(SchedulerObserver):
+        pass
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("nothing is counted")
+
+    for told in ("queued", "started", "prefilled", "first_token", "next_token", "finished", "failed", "stepped"):
+        assert hasattr(SchedulerObserver, told)
+        setattr(Failing, told, fail)
+    scheduler = Scheduler(pipelines(name), None, Failing())
+    scheduler.give_up(scheduler.reserve(Request(prompt="Hi")))
+    assert len(finish(scheduler, [Request(prompt="Hi", max_new_tokens=3, ignore_eos=True)])[0].token_ids) == 3
+
+
+@every(UNALIGNED)
+def test_a_fault_in_choosing_one_requests_token_ends_no_other(
+    name: str, pipelines: PipelineOf, monkeypatch: pytest.MonkeyPatch
+):
+    scheduler, outcomes = Scheduler(pipelines(name)), [Outcome(), Outcome()]
+    for index, outcome in enumerate(outcomes):
+        request = Request(prompt="Hi", max_new_tokens=8, ignore_eos=True, logprobs=index)
+        scheduler.submit(request, outcome)
+    take_token = ActiveRequest.take_token
+
+    def fail(active: ActiveRequest, logits: Any) -> Chunk:
+        if active.request.logprobs and len(active.reply.token_ids) == 3:
+            raise MemoryError("no room to sort")
+        return take_token(active, logits)
+
+    monkeypatch.setattr(ActiveRequest, "take_token", fail)
+    drive(scheduler)
+    assert len(outcomes[0].generation.token_ids) == 8
+    assert "no room to sort" in str(outcomes[1].errors[0])
 
 
 @every(UNALIGNED)

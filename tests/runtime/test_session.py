@@ -20,6 +20,7 @@ QUESTION = {"role": "user", "content": "What is the capital of France?"}
 FOLLOW_UP = {"role": "user", "content": "And of Spain?"}
 ANSWER = {"role": "assistant", "content": "Paris, it is."}
 IDS = [5, 77, 300, 12, 511, 8, 64, 9, 250]
+LONG_IDS = [5 + index % 50 for index in range(150)]
 GREEDY = {"ignore_eos": True}
 
 
@@ -331,3 +332,19 @@ def test_messages_cannot_be_appended_to_ids(name: str, recorded_pipeline: Pipeli
         for prompt in ("Hello", [FOLLOW_UP]):
             with pytest.raises(UsageError, match="token ids"):
                 session.append(prompt)
+
+
+@unaligned
+def test_a_session_that_overflowed_leaves_no_nan_to_the_next(name: str, recorded_pipeline: PipelineOf):
+    pipe = recorded_pipeline(name)
+    expected = pipe.generate(input_ids=IDS, max_new_tokens=8, **GREEDY).token_ids
+    pool = pipe.receiver.pool
+    with pipe.prefill(LONG_IDS) as session:
+        slot = session.slot
+        rows = pool.take_rows(pool.names, slot, 140, 150)
+        pool.put_rows(slot, 140, {cache: np.full_like(values, np.nan) for cache, values in rows.items()})
+        with pytest.raises(C2CError, match="nan"):
+            session.generate(max_new_tokens=2, **GREEDY)
+    with pipe.prefill(IDS) as session:
+        assert session.slot == slot
+        assert session.generate(max_new_tokens=8, **GREEDY).token_ids == expected

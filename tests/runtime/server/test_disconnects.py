@@ -38,10 +38,8 @@ def connect(server: Served, **fields: Any) -> socket.socket:
 
 
 def check_freed(server: Served, engine: AsyncC2CEngine, aborted_before: float, num_aborted: int) -> None:
-    wait_until(lambda: engine.num_active == engine.num_waiting == 0, seconds=2)
-    wait_until(
-        lambda: server.metric("c2c_requests_total", outcome="aborted") >= aborted_before + num_aborted, seconds=2
-    )
+    wait_until(lambda: engine.num_active == engine.num_waiting == 0)
+    wait_until(lambda: server.metric("c2c_requests_total", outcome="aborted") >= aborted_before + num_aborted)
     with server.openai() as client:
         out = client.chat.completions.create(model=PAIR, messages=LONG["messages"], max_tokens=3)
     assert out.usage.completion_tokens <= 3
@@ -79,7 +77,7 @@ def test_leaving_while_all_answers_wait_takes_them_out_of_the_queue(server: Serv
         wait_until(lambda: engine.num_active == 4)
         with connect(server, stream=True, priority=-5):
             wait_until(lambda: engine.num_waiting > 16)
-        wait_until(lambda: server.metric("c2c_requests_total", outcome="aborted") == before + 16, seconds=2)
+        wait_until(lambda: server.metric("c2c_requests_total", outcome="aborted") == before + 16)
         first.recv(10)
     check_freed(server, engine, before, 20)
 
