@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Self
 
 from c2c_export.bundle import Bundle
-from c2c_export.errors import C2CError, reason_of
+from c2c_export.errors import C2CError, UsageError, reason_of
 from engines.select import EngineChoice
 from runtime.active_request import Listener
 from runtime.admission import Place
@@ -224,7 +224,8 @@ class AsyncC2CEngine:
     async def close(self, drain_seconds: float | None = None) -> None:
         """Take no more requests, finish those that wait and run, and end the thread.
 
-        After `drain_seconds`, if given, those that are left end with a `ClosedError`. Closing again waits too.
+        After `drain_seconds`, if given, those that are left end with a `ClosedError`. Closing again waits too. Raises
+        `UsageError` where `drain_seconds` is no number of seconds, and goes on serving.
         """
         self._begin_closing(drain_seconds)
         await asyncio.to_thread(self._join)
@@ -240,6 +241,8 @@ class AsyncC2CEngine:
 
     def _begin_closing(self, drain_seconds: float | None) -> None:
         if drain_seconds is not None:
+            if isinstance(drain_seconds, bool) or not isinstance(drain_seconds, int | float) or not drain_seconds >= 0:
+                raise UsageError(f"drain_seconds: {drain_seconds!r} is not allowed; expected a number, 0 or more")
             self._give_up_at = time.perf_counter() + drain_seconds
         self._closing = True
         self._wake.set()

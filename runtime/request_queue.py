@@ -9,7 +9,7 @@ Not thread-safe: the scheduler holds its lock.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from runtime.active_request import ActiveRequest
 
@@ -26,10 +26,6 @@ class RequestQueue:
 
     def __len__(self) -> int:
         return len(self._waiting)
-
-    def __iter__(self) -> Iterator[ActiveRequest]:
-        """In the order of submission."""
-        return iter(tuple(self._waiting))
 
     def put(self, active: ActiveRequest) -> None:
         """Let a request wait."""

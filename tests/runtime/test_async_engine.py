@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -239,6 +240,16 @@ def test_closing_finishes_what_runs_and_takes_nothing_more(run: Callable[..., As
             await engine.generate(ENDLESS)
         await closing
         assert [len((await task).token_ids) for task in tasks] == [20] * 4
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("seconds", ["1", float("nan"), -1, True])
+def test_closing_in_no_number_of_seconds_is_refused(run: Callable[..., AsyncC2CEngine], seconds: Any):
+    async def scenario(engine: AsyncC2CEngine) -> None:
+        with pytest.raises(UsageError, match="drain_seconds"):
+            await engine.close(drain_seconds=seconds)
+        assert (await engine.generate(Request(prompt="Hi", max_new_tokens=2))).token_ids
 
     run(scenario)
 

@@ -118,7 +118,7 @@ def test_clients_that_no_longer_wait_are_forgotten():
         queue.put(waiting("stays"))
         queue.take()
         queue.take()
-    assert len(queue._served) <= len({request.request.client for request in queue})
+    assert len(queue._served) <= len({request.request.client for request in queue._waiting})
 
 
 def test_what_is_removed_is_not_served():
