@@ -109,6 +109,9 @@ def test_api_keys_are_not_in_the_file(
     monkeypatch.delenv("C2C_EXPORT_API_KEYS", raising=False)
     with pytest.raises(C2CError, match="C2C_EXPORT_API_KEYS: no API keys in this environment variable"):
         arguments.settings_with_keys()
+    monkeypatch.setenv("C2C_EXPORT_API_KEYS", " ")
+    with pytest.raises(UsageError, match="C2C_EXPORT_API_KEYS: this environment variable is set but blank"):
+        arguments.settings_with_keys()
     monkeypatch.setenv("C2C_EXPORT_API_KEYS", "hush-hush other")
     assert arguments.settings_with_keys().api_keys == ("hush-hush", "other")
 
