@@ -6,10 +6,11 @@ the commands that export one import torch and transformers, each only when it ru
 
 import io
 import os
+import re
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,13 +20,46 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
+from typer.core import TyperGroup
 
 from c2c_export import __version__
 from c2c_export.bundle import Bundle, FusionMode
-from c2c_export.errors import C2CError, UsageError
+from c2c_export.errors import C2CError, UsageError, install_command
 from c2c_export.progress import show_step
 
+_FIELD = re.compile(r"[a-z_]+(?=: | is )")
+"""What an error about a field of the options begins with."""
+_PARAMETERS = {
+    "num_slots": "slots",
+    "num_threads": "threads",
+    "prefix_cache_bytes": "prefix_cache",
+    "api_keys": "api_key",
+}
+"""Of a command, for fields of other names."""
+
+
+class _Commands(TyperGroup):
+    """Lets errors name options as they are typed, where the library names the fields that the options fill."""
+
+    def invoke(self, context: typer.Context) -> object:  # type: ignore[override]  # Typer's own copy of click
+        """Run a command. Raises what it raises."""
+        try:
+            return super().invoke(context)
+        except UsageError as error:
+            command = self.commands[str(context.invoked_subcommand)]
+            options = {parameter.name: parameter.opts[0] for parameter in command.params}
+            raise type(error)(_with_option(str(error), options)) from error
+
+
+def _with_option(message: str, options: Mapping[str, str]) -> str:
+    """`message`, which begins with the option of `options` instead of its field, if it begins with one."""
+    field = _FIELD.match(message)
+    option = options.get(_PARAMETERS.get(field[0], field[0])) if field else None
+    return message if field is None or option is None else option + message[field.end() :]
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Export a Cache-to-Cache pair (two LLMs and a trained fuser) to portable ONNX, and run it.",
     no_args_is_help=True,
     add_completion=False,
@@ -476,10 +510,8 @@ def serve(
     api_key: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(
-            envvar="C2C_EXPORT_API_KEYS",
-            show_envvar=False,
-            help="Ask for one of these keys; repeatable. Better given in the environment variable C2C_EXPORT_API_KEYS, "
-            "with spaces between, which other users of the machine do not see.  [default: none is asked for]",
+            help="Ask for one of these keys, or of those in the environment variable C2C_EXPORT_API_KEYS, with spaces "
+            "between, which other users of the machine do not see; repeatable.  [default: none is asked for]",
         ),
     ] = None,
     max_body: Annotated[int, typer.Option(help="Bytes that the body of a request may have.")] = 1 << 20,
@@ -500,8 +532,8 @@ def serve(
     ray_config: Annotated[
         Optional[Path],  # noqa: UP045
         typer.Option(
-            help="Serve nothing, but write a configuration to this YAML file, for `serve run` or `serve deploy` on a "
-            "Ray cluster."
+            help="Serve nothing, but write a configuration to this YAML file, a new one, for `serve run` or `serve "
+            "deploy` on a Ray cluster."
         ),
     ] = None,
     ray_layout: Annotated[
@@ -527,7 +559,7 @@ def serve(
     from runtime.scheduler import SchedulerOptions
     from runtime.server.serve import ServeOptions
     from runtime.server.serve import serve as run_server
-    from runtime.server.settings import ServerSettings
+    from runtime.server.settings import ServerSettings, keys_of_environment
 
     options = ServeOptions(
         bundle=bundle,
@@ -544,12 +576,12 @@ def serve(
         ),
         settings=ServerSettings(
             model_name=model_name,
-            api_keys=tuple(api_key or ()),
+            api_keys=(*(api_key or ()), *keys_of_environment()),
             max_body=max_body,
             max_tokens=max_tokens,
             max_choices=max(max_waiting, 1),
             max_priority=max_priority,
-            timeout=timeout or None,
+            timeout=timeout,
             log_prompts=log_prompts,
         ),
         drain=drain,
@@ -559,10 +591,13 @@ def serve(
     if ray_config is None:
         run_server(options, lambda text: _console.print(Text(text), soft_wrap=True))
         return
-    from runtime.server.ray.config import ray_arguments, ray_config_of
+    from runtime.server.ray.config import ray_arguments, ray_config_of, warn_of_too_few_cpus
 
-    text = ray_config_of(ray_arguments(options, ray_layout or "whole"), host, port)
-    ray_config.write_text(text, encoding="utf-8")
+    if ray_config.is_file():
+        raise UsageError(f"--ray-config {ray_config}: exists already, maybe edited; remove it or name another file")
+    arguments = ray_arguments(options, ray_layout or "whole")
+    ray_config.write_text(ray_config_of(arguments, host, port), encoding="utf-8")
+    warn_of_too_few_cpus(arguments)
     _console.print(Text(f"Wrote {ray_config}; deploy it with: serve run {ray_config}"), soft_wrap=True)
 
 
@@ -691,7 +726,7 @@ def _require(*modules: str, extra: str) -> None:
     if missing:
         raise UsageError(
             f"this command needs {', '.join(missing)}, which the bare install leaves out\n"
-            f"Install them with: pip install 'c2c-export[{extra}]'"
+            f"Install them with: {install_command(extra)}"
         )
 
 

@@ -17,6 +17,10 @@ class PromptTooLongError(UsageError):
     """A prompt, or a prompt with the answer that is asked for, beyond the bundle's capacity."""
 
 
+class AnswerTooLongError(PromptTooLongError):
+    """A prompt that has room, but not with so long an answer."""
+
+
 class PromptError(C2CError):
     """Messages that a chat template cannot take, or that those of two models do not keep alike."""
 
@@ -40,3 +44,9 @@ def one_line(text: str, max_length: int) -> str:
     """`text` in one line, cut to `max_length` characters."""
     line = " ".join(text.split())
     return line if len(line) <= max_length else line[:max_length] + " …"
+
+
+def install_command(extra: str | None = None) -> str:
+    """What to type to install this package, with an extra if one is given, and where, as no index has it."""
+    what = "." if extra is None else f"-c constraints.txt '.[{extra}]'"
+    return f"pip install {what} (in a clone of c2c-export)"

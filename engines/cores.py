@@ -12,8 +12,8 @@ def usable_cores() -> set[int]:
     return set(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
-def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int | None:
-    """How many processors' time the control groups of this process grant it, rounded up; None without a limit.
+def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float | None:
+    """How many processors' time the control groups of this process grant it; None without a limit.
 
     https://docs.kernel.org/admin-guide/cgroup-v2.html (cpu.max), and cpu.cfs_quota_us of version 1. The process's own
     group and those above it limit it, and inside a container the own group may be the root.
@@ -30,7 +30,7 @@ def cpu_quota(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/
     return min(found, default=None)
 
 
-def _granted(group: Path) -> int | None:
+def _granted(group: Path) -> float | None:
     """Processors that one control group grants; None where it sets no limit."""
     if (group / "cpu.max").is_file():
         quota, period = (group / "cpu.max").read_text().split()
@@ -38,19 +38,25 @@ def _granted(group: Path) -> int | None:
         quota, period = ((group / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
     else:
         return None
-    return None if quota in ("max", "-1") else max(1, math.ceil(int(quota) / int(period)))
+    return None if quota in ("max", "-1") else int(quota) / int(period)
 
 
 def physical_cores() -> int:
     """Cores that this process may use, two hyper-threads of one counted once; as ONNX Runtime counts by default.
 
-    No more than `cpu_quota`: further threads would be stopped, and those that wait for them spin.
+    No more than `cpu_quota`, rounded up: further threads would be stopped, and those that wait for them spin.
     """
     cores = set()
     for number in usable_cores():
         siblings = Path(f"/sys/devices/system/cpu/cpu{number}/topology/thread_siblings_list")
         cores.add(siblings.read_text() if siblings.is_file() else str(number))
-    return min(len(cores), cpu_quota() or len(cores))
+    return min(len(cores), math.ceil(cpu_quota() or len(cores)))
+
+
+def whole_processors() -> int:
+    """Logical processors of this machine, or the whole ones that `cpu_quota` grants, if fewer; at least 1."""
+    processors = os.cpu_count() or 1
+    return max(1, min(processors, math.floor(cpu_quota() or processors)))
 
 
 def session_threads(num_threads: int | None) -> int:

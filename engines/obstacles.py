@@ -5,6 +5,7 @@ what a model itself asks of a target (`Target.refusal`).
 """
 
 from c2c_export.bundle import EngineRecord
+from c2c_export.errors import install_command
 from engines.machine import CUDA_PROVIDER, Gpu, Machine
 from engines.targets import Target, capability_number
 
@@ -16,7 +17,7 @@ def build_obstacle(target: Target, machine: Machine, precision: str | None = Non
     """Why `machine` cannot build engines of `target` (in `precision`, if given), or None where it can."""
     missing = [name for name in LOWERING_MODULES if machine.modules[name].version is None]
     if missing:
-        install = "pip install 'c2c-export[build]'" if target.runs_on_onnx_runtime else target.pip
+        install = install_command("build") if target.runs_on_onnx_runtime else target.pip
         return f"{', '.join(missing)} cannot be imported; install them with: {install}"
     if target.runs_on_onnx_runtime:
         return None

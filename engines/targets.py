@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from c2c_export.errors import UsageError
+from c2c_export.errors import UsageError, install_command
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int4")
 
@@ -185,7 +185,7 @@ TARGETS: dict[str, Target] = {
         Target(
             name="ort-cpu",
             module="onnxruntime",
-            pip="pip install c2c-export",
+            pip=install_command(),
             version_tried="1.32.0",
             opset=24,
             precisions=("fp32", "int8", "int4"),
@@ -223,7 +223,7 @@ TARGETS: dict[str, Target] = {
         Target(
             name="tensorrt",
             module="tensorrt",
-            pip="pip install 'c2c-export[tensorrt]'",
+            pip=install_command("tensorrt"),
             version_tried=None,
             opset=24,
             precisions=("fp16", "bf16", "int8", "int4"),
@@ -245,7 +245,7 @@ TARGETS: dict[str, Target] = {
         Target(
             name="tensorrt-rtx",
             module="tensorrt_rtx",
-            pip="pip install 'c2c-export[tensorrt-rtx]'",
+            pip=install_command("tensorrt-rtx"),
             version_tried="1.7.1.116",
             opset=24,
             precisions=("fp16", "bf16", "int8", "int4"),

@@ -56,6 +56,7 @@ class EngineLoader:
 
     def _decoder(self, name: str, model: ModelRecord, device: Device) -> Decoder:
         engine = self._graph(name, device)
+        _check_capacity(self.bundle, name, engine)
         _check_vocabulary(self.bundle, name, model, engine)
         return Decoder(engine, self.num_slots, self.bundle.manifest.max_length, model.vocab_size)
 
@@ -63,6 +64,17 @@ class EngineLoader:
         path = self.bundle.file(self.record.graphs[name])
         weights_folder = self.bundle.weights_folder(self.record)
         return load_engine(self.record.target, path, device, self.num_threads, weights_folder)
+
+
+def _check_capacity(bundle: Bundle, name: str, engine: Engine) -> None:
+    """Raise `BundleError` unless the manifest's capacity is that of the engine's caches, [B,H,C,D]."""
+    max_length = bundle.manifest.max_length
+    for spec in engine.inputs:
+        if spec.name.startswith("past_") and spec.shape[2] != max_length:
+            raise BundleError(
+                f"{bundle.root / MANIFEST_NAME}: field max_length is {max_length}, expected {spec.shape[2]}, the rows "
+                f"of the caches of {name}'s engine; export the bundle again"
+            )
 
 
 def _check_vocabulary(bundle: Bundle, name: str, model: ModelRecord, engine: Engine) -> None:

@@ -5,7 +5,7 @@ from enum import Enum
 
 from tokenizers import Tokenizer
 
-from c2c_export.errors import PromptTooLongError, UsageError
+from c2c_export.errors import AnswerTooLongError, PromptTooLongError, UsageError
 from runtime.detokenizer import Detokenizer
 
 
@@ -25,7 +25,7 @@ def generation_limit(max_new_tokens: int | None, num_rows: int, room: int, capac
     if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
         raise UsageError(f"max_new_tokens is {max_new_tokens!r}, expected an integer of at least 1")
     if max_new_tokens > room:
-        raise PromptTooLongError(
+        raise AnswerTooLongError(
             f"{num_rows} prompt tokens and max_new_tokens={max_new_tokens} exceed the bundle's capacity of "
             f"{capacity}; ask for at most {room}, shorten the prompt, or export with a larger --max-length"
         )

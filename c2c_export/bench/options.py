@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from c2c_export.bundle import Manifest
-from c2c_export.errors import UsageError
+from c2c_export.errors import UsageError, install_command
 from engines.cores import check_threads
 
 DEFAULT_PROMPT_TOKENS = (128, 256, 512)
@@ -118,7 +118,7 @@ def require(what: str, *modules: str, extra: str = "bench") -> None:
     if missing:
         raise UsageError(
             f"{what} needs {', '.join(missing)}, which the bare install leaves out\n"
-            f"Install it with: pip install 'c2c-export[{extra}]'"
+            f"Install it with: {install_command(extra)}"
         )
 
 

@@ -19,6 +19,7 @@ from runtime.server.metrics import HttpMetrics, ServerMetrics
 from runtime.server.openapi import complete_document
 from runtime.server.page_files import add_page
 from runtime.server.request_log import RequestLog
+from runtime.server.request_target import PathOfTarget
 from runtime.server.served_engine import ServedEngine
 from runtime.server.served_models import ServedModels
 from runtime.server.service import Service
@@ -68,6 +69,7 @@ def create_app(engine: ServedEngine, settings: ServerSettings, metrics: HttpMetr
         app.add_middleware(KeysBeforeBodies, keys=keys)
     app.add_middleware(OneLength)
     app.add_middleware(RequestLog, metrics=service.metrics)
+    app.add_middleware(PathOfTarget)
     complete_document(app, service.models, settings.max_priority)
     return app
 

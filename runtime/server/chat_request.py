@@ -5,11 +5,13 @@ from typing import Annotated, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from runtime.server.generation_fields import Alternatives, GenerationFields, StrictModel, Text, disagreement, is_list
-from runtime.server.unserved_fields import IN_A_CHAT, IN_A_MESSAGE
+from runtime.server.unserved_fields import IN_A_CHAT, IN_A_MESSAGE, IN_A_PART
 
 
 class TextPart(StrictModel):
     """A part of a message's content."""
+
+    unserved = IN_A_PART
 
     type: Literal["text"]
     text: Text

@@ -3,6 +3,7 @@
 Not covered: what no handler expected, which `runtime.server.request_log` answers with 500.
 """
 
+import sys
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -15,7 +16,6 @@ from runtime.server.errors import CLIENT_GONE, ApiError, ClientGoneError, as_api
 from runtime.server.request_log import record_of
 
 _HTTP_ERRORS = {
-    HTTPStatus.BAD_REQUEST: ("the body cannot be read; expected JSON in UTF-8", "invalid_body"),
     HTTPStatus.NOT_FOUND: ("there is no such path; /openapi.json has those that there are", "not_found"),
     HTTPStatus.METHOD_NOT_ALLOWED: ("this path does not take this method", "method_not_allowed"),
 }
@@ -49,4 +49,21 @@ def _invalid(request: Request, error: Exception) -> Response:
 def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message, code = _HTTP_ERRORS.get(HTTPStatus(error.status_code), (str(error.detail), None))
+    if error.status_code == HTTPStatus.BAD_REQUEST:
+        message, code = (
+            f"the body cannot be read: {_unreadable(error.__cause__)}; expected JSON in UTF-8",
+            "invalid_body",
+        )
     return _answer(request, ApiError(error.status_code, message, code=code, headers=error.headers))
+
+
+def _unreadable(cause: BaseException | None) -> str:
+    """What is wrong with a body that Python's JSON parser ended on otherwise than by finding that it is not JSON."""
+    match cause:
+        case UnicodeDecodeError():
+            return f"it is not UTF-8 at byte {cause.start}"
+        case RecursionError():
+            return "it is nested too deeply"
+        case ValueError():
+            return f"it has a whole number of more than {sys.get_int_max_str_digits()} digits"
+    return "it is not in a form that this server knows"

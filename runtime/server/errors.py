@@ -13,7 +13,7 @@ from typing import Any
 from fastapi.responses import Response
 from pydantic import BaseModel
 
-from c2c_export.errors import C2CError, PromptError, PromptTooLongError, UsageError
+from c2c_export.errors import AnswerTooLongError, C2CError, PromptError, PromptTooLongError, UsageError
 from runtime.request import AbortedError, ClosedError, DeadlineError, QueueFullError
 
 CLIENT_GONE = 499
@@ -85,11 +85,11 @@ def invalid_request(message: str, param: str | None = None, code: str | None = N
     return ApiError(HTTPStatus.BAD_REQUEST, message, param=param, code=code)
 
 
-def closing() -> ApiError:
+def closing(message: str = "the server is shutting down and takes no more requests") -> ApiError:
     """What a server that is shutting down answers."""
     return ApiError(
         HTTPStatus.SERVICE_UNAVAILABLE,
-        "the server is shutting down and takes no more requests",
+        message,
         code="shutting_down",
         headers={"Retry-After": str(RETRY_WHEN_CLOSING)},
     )
@@ -111,6 +111,8 @@ def as_api_error(error: Exception, prompt_field: str | None = None, tokens_field
     match error:
         case ApiError():
             return error
+        case AnswerTooLongError():
+            return invalid_request(message, tokens_field, "context_length_exceeded")
         case PromptTooLongError():
             return invalid_request(message, prompt_field, "context_length_exceeded")
         case PromptError():
@@ -125,7 +127,8 @@ def as_api_error(error: Exception, prompt_field: str | None = None, tokens_field
         case DeadlineError():
             return ApiError(HTTPStatus.REQUEST_TIMEOUT, message, code="deadline_exceeded")
         case ClosedError():
-            return closing()
+            # Of an engine that had it already: what comes later is refused before it gets there.
+            return closing("the server is shutting down, and ended this request before its answer was complete")
         case AbortedError():
             return ApiError(CLIENT_GONE, message, code="aborted")
         case C2CError():

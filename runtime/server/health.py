@@ -1,4 +1,4 @@
-"""GET /health, /ready and /metrics: for what watches over the process. None of them asks for a key."""
+"""GET and HEAD of /health, /ready and /metrics: for what watches over the process. None of them asks for a key."""
 
 from http import HTTPStatus
 from typing import Annotated, Literal
@@ -25,12 +25,14 @@ class Readiness(BaseModel):
     status: Literal["ready"] = "ready"
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> Health:
     """Whether the process lives, also while it shuts down."""
     return Health()
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready", responses=error_responses(HTTPStatus.SERVICE_UNAVAILABLE))
 async def ready(service: Annotated[Service, Depends(service_of)]) -> Readiness:
     """Whether requests are taken; 503 while the process shuts down, or after its engine failed."""
@@ -38,6 +40,7 @@ async def ready(service: Annotated[Service, Depends(service_of)]) -> Readiness:
     return Readiness()
 
 
+@router.head("/metrics", include_in_schema=False)
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(service: Annotated[Service, Depends(service_of)]) -> Response:
     """The metrics, in Prometheus' text format."""

@@ -11,7 +11,7 @@ import sys
 from typing import Any
 
 from c2c_export.bundle import Bundle
-from c2c_export.errors import C2CError
+from c2c_export.errors import C2CError, install_command
 
 try:
     from fastapi import FastAPI
@@ -19,7 +19,7 @@ try:
     from ray.serve.handle import DeploymentHandle
 except ImportError as error:
     raise C2CError(
-        f"Ray Serve cannot be imported ({error}); install it on every node with: pip install 'c2c-export[ray]'"
+        f"Ray Serve cannot be imported ({error}); install it on every node with: {install_command('ray')}"
     ) from error
 
 from runtime.server.app import create_app

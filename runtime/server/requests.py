@@ -53,7 +53,7 @@ def engine_requests(
             sampling=_sampling(body, index),
             logprobs=body.num_alternatives,
             priority=min(0, settings.max_priority) if priority is None else priority,
-            deadline=_least(body.deadline, settings.timeout),
+            deadline=_least(body.deadline, settings.timeout or None),
             client=client,
         )
         for prompt in prompts

@@ -5,6 +5,7 @@ the process, such as its port (`runtime.server.serve`).
 """
 
 import math
+import os
 from dataclasses import dataclass
 
 from c2c_export.errors import UsageError
@@ -13,6 +14,8 @@ DEFAULT_MAX_BODY = 1 << 20
 DEFAULT_TIMEOUT = 600.0
 DEFAULT_MAX_CHOICES = 64
 MAX_PRIORITY = 100
+API_KEYS = "C2C_EXPORT_API_KEYS"
+"""The environment variable with API keys, with spaces between."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +32,8 @@ class ServerSettings:
     """Tokens that one answer may ask for; None is the bundle's capacity."""
     max_choices: int = DEFAULT_MAX_CHOICES
     """Answers of one request: prompts times `n`."""
-    timeout: float | None = DEFAULT_TIMEOUT
-    """Seconds that a request may take, waiting included; None is without end."""
+    timeout: float = DEFAULT_TIMEOUT
+    """Seconds that a request may take, waiting included; 0 is without end."""
     max_waiting: int | None = None
     """Requests that may wait in the engine; None where that is not known. Where it is, the answers of one request begin
     together or not at all."""
@@ -56,8 +59,21 @@ class ServerSettings:
             raise UsageError(
                 f"max_priority: {self.max_priority} is not allowed; expected -{MAX_PRIORITY} to {MAX_PRIORITY}"
             )
-        if self.timeout is not None and not (math.isfinite(self.timeout) and self.timeout > 0):
-            raise UsageError(f"timeout: {self.timeout!r} is not allowed; expected a number of seconds above 0")
+        if not (math.isfinite(self.timeout) and self.timeout >= 0):
+            raise UsageError(
+                f"timeout: {self.timeout!r} is not allowed; expected a number of seconds, or 0 for as many as it takes"
+            )
+
+
+def keys_of_environment() -> tuple[str, ...]:
+    """The API keys in the environment variable; none where it is not set.
+
+    Raises `UsageError` where it is set and blank: who sets it wants keys to be asked for.
+    """
+    value = os.environ.get(API_KEYS)
+    if value is not None and not value.strip():
+        raise UsageError(f"{API_KEYS}: this environment variable is set but blank; give it API keys, or unset it")
+    return tuple((value or "").split())
 
 
 def _check_count(name: str, value: int) -> None:

@@ -41,6 +41,8 @@ IN_A_MESSAGE: UnservedFields = {
     "tool_calls": ([],),
     "tool_call_id": (),
 }
+IN_A_PART: UnservedFields = {"file": (), "image_url": (), "input_audio": (), "refusal": ()}
+"""Of a message's content: images and the like, which have parts of their own types."""
 IN_A_COMPLETION: UnservedFields = {
     "best_of": (1,),
     "echo": (False,),

@@ -409,7 +409,7 @@ def test_tensorrt_without_its_module_is_refused_with_how_to_install_it(options: 
         C2CError, match=r"^tensorrt cannot be built here: the module tensorrt is not installed;"
     ) as error:
         built(replace(options, target="tensorrt"))
-    assert "pip install 'c2c-export[tensorrt]'" in str(error.value)
+    assert "pip install -c constraints.txt '.[tensorrt]'" in str(error.value)
     assert "--engine tensorrt-rtx builds on any machine" in str(error.value)
 
 

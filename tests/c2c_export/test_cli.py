@@ -152,7 +152,7 @@ def test_without_torch_pair_says_what_to_install_while_help_and_inspect_work(bun
     failed = run("pair", "--receiver", "a", "--sharer", "b", "--fuser", "c", "-o", "d")
     assert failed.returncode == 2
     assert "torch" in failed.stderr
-    assert "pip install 'c2c-export[export]'" in failed.stderr
+    assert "pip install -c constraints.txt '.[export]' (in a clone of c2c-export)" in failed.stderr
     assert "Traceback" not in failed.stderr
     assert run("pair", "--help").returncode == 0
     assert json.loads(run("inspect", bundle, "--json").stdout)["schema_version"] == 1
@@ -186,14 +186,14 @@ def test_a_damaged_bundle_is_refused_by_every_command(run_cli: RunCli, bundle: P
     [
         (("-p", ""), "prompt"),
         (("-p", " word" * 2000), "capacity"),
-        (("-p", PROMPT, "--max-new-tokens", 0), "max_new_tokens"),
+        (("-p", PROMPT, "--max-new-tokens", 0), "--max-new-tokens is 0"),
         (("-p", PROMPT, "--max-new-tokens", 100_000), "max_new_tokens"),
         (("-p", PROMPT, "--sharer", 3), "sharer"),
-        (("-p", PROMPT, "--temperature", -1), "temperature"),
-        (("-p", PROMPT, "--top-p", 2), "top_p"),
+        (("-p", PROMPT, "--temperature", -1), "--temperature: -1.0"),
+        (("-p", PROMPT, "--top-p", 2), "--top-p: 2.0"),
         (("-p", PROMPT, "--engine", "tensorrt"), "ort-cpu"),
         (("-p", PROMPT, "--precision", "fp8"), "fp32"),
-        (("-p", PROMPT, "--threads", -1), "threads"),
+        (("-p", PROMPT, "--threads", -1), "--threads is -1"),
     ],
 )
 def test_a_request_that_cannot_be_served_exits_with_2(

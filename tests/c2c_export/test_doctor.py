@@ -148,7 +148,7 @@ def test_it_works_where_neither_cuda_nor_tensorrt_nor_the_exporters_libraries_ar
     assert (done.returncode, done.stderr) == (0, "")
     assert row_of(done.stdout, "tensorrt-rtx")[2:] == ["no", "1.7.1.116", "no", "no"]
     assert (
-        "onnx, onnx_ir, onnxscript cannot be imported; install them with: pip install 'c2c-export[tensorrt-rtx]'"
-        in done.stdout
+        "onnx, onnx_ir, onnxscript cannot be imported; "
+        "install them with: pip install -c constraints.txt '.[tensorrt-rtx]'" in done.stdout
     )
     assert "cuda-python: not installed" in done.stdout

@@ -35,9 +35,9 @@ def test_a_system_without_affinity_counts_all_processors(monkeypatch: pytest.Mon
 
 
 QUOTAS = {
-    "v2, one and a half": ({"a/b/cpu.max": "150000 100000\n"}, "0::/a/b\n", 2),
+    "v2, one and a half": ({"a/b/cpu.max": "150000 100000\n"}, "0::/a/b\n", 1.5),
     "v2, that of a group above": ({"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n"}, "0::/a/b\n", 3),
-    "v2, a container's root": ({"cpu.max": "50000 100000\n"}, "0::/\n", 1),
+    "v2, a container's root": ({"cpu.max": "50000 100000\n"}, "0::/\n", 0.5),
     "v2, none": ({"a/cpu.max": "max 100000\n"}, "0::/a\n", None),
     "v1": (
         {"cpu,cpuacct/a/cpu.cfs_quota_us": "200000\n", "cpu,cpuacct/a/cpu.cfs_period_us": "100000\n"},
@@ -70,6 +70,18 @@ def test_threads_are_no_more_than_the_quota(monkeypatch: pytest.MonkeyPatch):
     assert (cores.physical_cores(), cores.session_threads(None)) == (3, 3)
     monkeypatch.setattr(cores, "cpu_quota", lambda: None)
     assert (cores.physical_cores(), cores.session_threads(None)) == (4, 0)
+
+
+@pytest.mark.parametrize(
+    ("quota", "threads", "whole"), [(0.5, 1, 1), (1.5, 2, 1), (3.0, 3, 3), (9.0, 4, 4), (None, 4, 4)]
+)
+def test_a_part_of_a_processor_may_have_a_thread_but_is_no_whole_one(
+    quota: float | None, threads: int, whole: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(cores, "usable_cores", lambda: {100_000, 100_001, 100_002, 100_003})
+    monkeypatch.setattr(cores, "cpu_quota", lambda: quota)
+    assert (cores.physical_cores(), cores.whole_processors()) == (threads, whole)
 
 
 def test_threads_are_the_default_only_where_all_processors_may_be_used(monkeypatch: pytest.MonkeyPatch):

@@ -230,7 +230,7 @@ def test_what_a_target_needs_to_build():
     assert build_obstacle(rtx, old, "bf16") is None  # built for other GPUs than this one's
     bare = machine(ADA)
     bare.modules["onnx_ir"] = ABSENT
-    assert "c2c-export[tensorrt-rtx]" in str(build_obstacle(rtx, bare))
+    assert "'.[tensorrt-rtx]'" in str(build_obstacle(rtx, bare))
 
 
 def test_a_broken_onnx_runtime_is_an_obstacle_to_both_of_its_targets():

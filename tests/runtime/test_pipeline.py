@@ -508,6 +508,20 @@ def test_a_manifest_with_more_ids_than_the_engine_has_logits_is_refused(
         C2CPipeline.from_bundle(folder)
 
 
+@unaligned
+@pytest.mark.parametrize("other", [-1, 1])
+def test_a_manifest_with_another_capacity_than_the_engine_is_refused(
+    other: int, name: str, recorded_bundle: Callable[[str], Path], tmp_path: Path
+):
+    folder = Path(shutil.copytree(recorded_bundle(name), tmp_path / name))
+    manifest = read_manifest(folder)
+    write_manifest(folder, manifest.model_copy(update={"max_length": manifest.max_length + other}))
+    with pytest.raises(
+        BundleError, match=rf"manifest\.json: field max_length is {256 + other}, expected 256, the rows"
+    ):
+        C2CPipeline.from_bundle(folder)
+
+
 @every_pair
 def test_timings_add_up(name: str, recorded_pipeline: PipelineOf):
     spent = recorded_pipeline(name).generate(QUESTION, max_new_tokens=4, **GREEDY).timings

@@ -5,7 +5,6 @@ values. Not covered: how many replicas there are, and on what, which is Serve's 
 `runtime.server.ray.config`).
 """
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
@@ -16,10 +15,8 @@ from c2c_export.bundle import read_manifest
 from c2c_export.errors import C2CError, UsageError
 from engines.select import AUTO
 from runtime.scheduler import SchedulerOptions
-from runtime.server.settings import ServerSettings
+from runtime.server.settings import API_KEYS, ServerSettings, keys_of_environment
 
-API_KEYS = "C2C_EXPORT_API_KEYS"
-"""The environment variable with the API keys, with spaces between."""
 Layout = Literal["whole", "disaggregated"]
 """Every replica has all models, or the sharers have replicas of their own."""
 
@@ -65,7 +62,7 @@ class RayArguments(BaseModel):
 
     def settings_with_keys(self) -> ServerSettings:
         """The settings with this process's API keys. Raises `C2CError` where keys are needed and there are none."""
-        keys = os.environ.get(API_KEYS, "").split()
+        keys = keys_of_environment()
         if self.api_keys_needed and not keys:
             raise C2CError(f"{API_KEYS}: no API keys in this environment variable; set it where Ray is started")
-        return replace(self.settings, api_keys=tuple(keys))
+        return replace(self.settings, api_keys=keys)

@@ -5,6 +5,7 @@ with where no file says otherwise. Nothing is deployed, and Ray is not needed he
 have; whoever deploys edits replicas and resources in the file.
 """
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -13,10 +14,11 @@ import yaml
 
 from c2c_export.bundle import Bundle, read_manifest
 from c2c_export.errors import UsageError
-from engines.cores import physical_cores
+from engines.cores import physical_cores, whole_processors
 from engines.select import AUTO, ORT_CPU, wanted_engines
-from runtime.server.ray.arguments import API_KEYS, Layout, RayArguments
+from runtime.server.ray.arguments import Layout, RayArguments
 from runtime.server.serve import ServeOptions
+from runtime.server.settings import API_KEYS
 
 INGRESS = "Ingress"
 PIPELINE = "Pipeline"
@@ -33,7 +35,7 @@ _HEADER = """\
 # {bundle} on Ray Serve: {what}.
 #   serve run FILE       on this machine, or from any node of a cluster
 #   serve deploy FILE    to a running cluster{keys}
-# The bundle has to be at this path on every node, and c2c-export[ray] installed there.
+# The bundle has to be at this path on every node, and c2c-export with its extra ray installed there.
 # Replicas, CPUs and GPUs are to be adapted to the cluster: docs/scaling.md.
 """
 _KEYS = f"\n# API keys are not in this file: set {API_KEYS} where Ray is started on the nodes."
@@ -87,7 +89,8 @@ def deployment_options(arguments: RayArguments) -> dict[str, dict[str, Any]]:
             "autoscaling_config": _autoscaling(16 * arguments.num_slots),
             "max_ongoing_requests": 64 * arguments.num_slots,
             "graceful_shutdown_timeout_s": _DRAIN_SECONDS,
-            "ray_actor_options": {"num_cpus": 0.5},
+            # It computes little, and an engine takes every core of a machine.
+            "ray_actor_options": {"num_cpus": 0},
         },
         PIPELINE: {
             "autoscaling_config": _autoscaling(arguments.num_slots),
@@ -112,10 +115,27 @@ def _with_engine(arguments: RayArguments) -> dict[str, Any]:
         "request_router_config": {"request_router_class": _ROUTER},
         "max_queued_requests": _MAX_QUEUED,
         "graceful_shutdown_timeout_s": _DRAIN_SECONDS,
-        "ray_actor_options": {"num_cpus": arguments.num_threads or physical_cores()}
+        "ray_actor_options": {"num_cpus": arguments.num_threads or min(physical_cores(), whole_processors())}
         if on_cpu
         else {"num_cpus": 1, "num_gpus": 1},
     }
+
+
+def warn_of_too_few_cpus(arguments: RayArguments) -> None:
+    """Warn where this machine by itself lacks the CPUs for one replica of every deployment.
+
+    Serve then waits for another machine, without an error.
+    """
+    taken = {name: options["ray_actor_options"]["num_cpus"] for name, options in deployment_options(arguments).items()}
+    # As Ray counts them, unless it is told a number.
+    found = whole_processors()
+    if sum(taken.values()) > found:
+        each = ", ".join(f"{name} {num_cpus}" for name, num_cpus in taken.items() if num_cpus)
+        warnings.warn(
+            f"a replica of each deployment takes CPUs: {each}; this machine has {found}, so that by itself it cannot "
+            "start them: add machines, or give fewer --threads",
+            stacklevel=2,
+        )
 
 
 def _autoscaling(target: int) -> dict[str, Any]:

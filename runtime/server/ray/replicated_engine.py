@@ -13,6 +13,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Iterator
 from contextlib import contextmanager
+from contextvars import Context
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -93,7 +94,7 @@ class ReplicatedEngine:
         with self._call(request) as call:
             handle = self._replicas.options(method_name="generate", session_id=call.key)
             while True:
-                call.response = handle.remote(call.request_now(), call.key)
+                call.send(handle)
                 try:
                     generation: Generation = await call.wait_for(call.response)
                     call.response = None
@@ -107,7 +108,7 @@ class ReplicatedEngine:
         with self._call(request) as call:
             handle = self._replicas.options(method_name="stream", session_id=call.key, stream=True)
             while True:
-                call.response = handle.remote(call.request_now(), call.key)
+                call.send(handle)
                 resumption.restart()
                 try:
                     while True:
@@ -168,7 +169,14 @@ class _Call:
         self.response: Any = None
         """What Serve gave for it; None once nothing is at work on it."""
 
-    def request_now(self) -> Request:
+    def send(self, handle: DeploymentHandle[Any]) -> None:
+        """Let a replica begin the request."""
+        # Serve takes calls that are made within one HTTP request, such as those for its several answers, for one call,
+        # and gives a replica to only one of those that wait for it. It knows by context variables what a call is made
+        # within; an empty context has none.
+        self.response = Context().run(handle.remote, self._request_now(), self.key)
+
+    def _request_now(self) -> Request:
         """The request to send, with what is left of its deadline."""
         if self._request.deadline is None:
             return self._request

@@ -222,7 +222,7 @@ def test_a_higher_priority_than_allowed_is_refused(small: Served, engine: AsyncC
         ({"max_body": 0}, "max_body: 0 is not allowed"),
         ({"max_priority": 101}, "max_priority: 101 is not allowed"),
         ({"max_choices": 0}, "max_choices: 0 is not allowed"),
-        ({"timeout": 0.0}, "timeout: 0.0 is not allowed"),
+        ({"timeout": -1.0}, "timeout: -1.0 is not allowed"),
         ({"model_name": ""}, "model_name: '' is not allowed"),
         ({"model_name": "a\nb"}, "model_name: "),
     ],

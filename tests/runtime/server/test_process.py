@@ -170,7 +170,9 @@ def test_what_does_not_finish_in_time_ends_with_an_error_that_says_so(how: str, 
                 wait_until(lambda: httpx2.get(f"{served.url}/ready").status_code == 503)
                 served.process.send_signal(signal.SIGTERM)
             events = [line.removeprefix("data: ") for line in lines if line]
-        assert json.loads(events[-1])["error"]["code"] == "shutting_down"
+        cut = json.loads(events[-1])["error"]
+        assert cut["code"] == "shutting_down"
+        assert "ended this request before its answer was complete" in cut["message"]
         assert refused(whole.result(), 503)["code"] == "shutting_down"
         assert served.process.wait(30) == 0
     assert {line["error"] for line in served.log if line.get("path") == CHATS} == {"shutting_down"}
@@ -239,17 +241,21 @@ def test_a_port_in_use_is_named_and_the_bundle_not_loaded(bundle: Path, run_cli:
     ("options", "message"),
     [
         (("--host", "no.such.host.invalid"), "--host no.such.host.invalid: no such address"),
-        (("--drain", "-1"), "drain: -1.0 is not allowed"),
-        (("--log-level", "loud"), "log_level: 'loud' is not allowed; expected one of debug, info, warning, error"),
-        (("--max-priority", "101"), "max_priority: 101 is not allowed; expected -100 to 100"),
-        (("--max-connections", "0"), "max_connections: 0 is not allowed"),
-        (("--max-tokens", "0"), "max_tokens: 0 is not allowed"),
-        (("--max-body", "0"), "max_body: 0 is not allowed"),
-        (("--timeout", "-1"), "timeout: -1.0 is not allowed"),
-        (("--max-stall", "0"), "max_stall: 0.0 is not allowed"),
-        (("--max-waiting", "-1"), "max_waiting: -1 is not allowed"),
-        (("--api-key", "two words"), "api_keys: a key is empty, or has"),
-        (("--slots", "0"), "num_slots is 0"),
+        (("--drain", "-1"), "--drain: -1.0 is not allowed"),
+        (("--log-level", "loud"), "--log-level: 'loud' is not allowed; expected one of debug, info, warning, error"),
+        (("--max-priority", "101"), "--max-priority: 101 is not allowed; expected -100 to 100"),
+        (("--max-connections", "0"), "--max-connections: 0 is not allowed"),
+        (("--max-tokens", "0"), "--max-tokens: 0 is not allowed"),
+        (("--max-body", "0"), "--max-body: 0 is not allowed"),
+        (
+            ("--timeout", "-1"),
+            "--timeout: -1.0 is not allowed; expected a number of seconds, or 0 for as many as it takes",
+        ),
+        (("--max-stall", "0"), "--max-stall: 0.0 is not allowed"),
+        (("--max-waiting", "-1"), "--max-waiting: -1 is not allowed"),
+        (("--api-key", "two words"), "--api-key: a key is empty, or has"),
+        (("--slots", "0"), "--slots is 0, "),
+        (("--threads", "0"), "--threads is 0, "),
         (("--port", "70000"), "'--port': "),
     ],
 )
@@ -259,13 +265,24 @@ def test_options_out_of_range_are_named(options: tuple[str, ...], message: str, 
     assert message in err
 
 
-def test_keys_come_from_the_environment(bundle: Path):
-    keys = {"C2C_EXPORT_API_KEYS": "one two"}
-    with served_process(bundle, "--allow-unchecked", environment=keys) as served, served.http() as client:
+def test_keys_come_from_the_environment_and_from_options(bundle: Path):
+    keys, options = {"C2C_EXPORT_API_KEYS": "one two"}, ("--allow-unchecked", "--api-key", "three")
+    with served_process(bundle, *options, environment=keys) as served, served.http() as client:
         assert client.get("/v1/models").status_code == 401
-        for key in ("one", "two"):
+        for key in ("one", "two", "three"):
             assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
     assert "one" not in " ".join(line["event"] for line in served.log)
+
+
+@pytest.mark.parametrize("blank", ["", "  "])
+def test_a_blank_environment_does_not_open_the_server(
+    blank: str, bundle: Path, run_cli: RunCli, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("C2C_EXPORT_API_KEYS", blank)
+    for options in ((), ("--api-key", "one")):
+        code, _, err = run_cli("serve", bundle, "--drain", "-1", *options)
+        assert code == 2
+        assert "C2C_EXPORT_API_KEYS: this environment variable is set but blank" in err
 
 
 def test_a_missing_library_is_named_with_what_installs_it(bundle: Path):
@@ -275,7 +292,7 @@ def test_a_missing_library_is_named_with_what_installs_it(bundle: Path):
     )
     assert done.returncode == 2
     assert "this command needs uvicorn" in done.stderr
-    assert "pip install 'c2c-export[serve]'" in done.stderr
+    assert "pip install -c constraints.txt '.[serve]'" in done.stderr
 
 
 def test_an_engine_that_was_never_checked_is_warned_of_at_the_start(bundle: Path):

@@ -20,7 +20,7 @@ import psutil
 import pytest
 import ray
 import yaml
-from openai import BadRequestError, OpenAI
+from openai import BadRequestError, OpenAI, Stream
 from ray import serve
 from ray.cluster_utils import Cluster
 from ray.serve.schema import ApplicationStatus
@@ -218,6 +218,36 @@ def test_the_ingress_speaks_openais_api(layout: str, deployed: Deployed, pipe: C
     assert "".join(pieces) == expected.text
     with pytest.raises(BadRequestError, match="this bundle's capacity is 256"):
         client.chat.completions.create(**{**options, "messages": [{"role": "user", "content": "why? " * 300}]})
+
+
+@each_layout
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_gets_all_the_answers_that_it_asks_for(
+    stream: bool, layout: str, deployed: Deployed, pipe: C2CPipeline
+):
+    """Calls that Serve took for one and the same request, being made within one, lost all but the first of them."""
+    client = OpenAI(base_url=f"{deployed.url}/{layout}/v1", api_key="none", max_retries=0, timeout=30)
+    options: Any = {"model": PAIR, "max_tokens": 6, "stream": stream}
+    for number, count in enumerate([2, 3, 2, 3, 2, 3]):
+        messages: Any = [{"role": "user", "content": f"Question {number} ({layout}, {stream})?"}]
+        chat = client.chat.completions.create(messages=messages, n=count, seed=5, temperature=1, **options)
+        drawn = [pipe.generate(messages, max_new_tokens=6, temperature=1.0, seed=5 + i) for i in range(count)]
+        assert texts_of(chat) == [generation.text for generation in drawn]
+        prompts = [[3 + number, 20 + n] for n in range(count)]
+        completion = client.completions.create(prompt=prompts, temperature=0, **options)
+        greedy = [pipe.generate(input_ids=ids, max_new_tokens=6) for ids in prompts]
+        assert texts_of(completion) == [generation.text for generation in greedy]
+
+
+def texts_of(response: Any) -> list[str]:
+    """The answers in their order; `response` is a whole one or a stream."""
+    texts: dict[int, str] = {}
+    for part in response if isinstance(response, Stream) else [response]:
+        for choice in part.choices:
+            message = getattr(choice, "message", None) or getattr(choice, "delta", None)
+            text = choice.text if message is None else message.content
+            texts[choice.index] = texts.get(choice.index, "") + (text or "")
+    return [texts[index] for index in sorted(texts)]
 
 
 @each_layout

@@ -119,6 +119,14 @@ def test_values_that_ask_for_nothing_are_taken(path: str, fields: dict[str, Any]
     assert post(server, path, (CHAT if path == CHATS else COMPLETION) | fields).status_code == 200
 
 
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
+def test_parts_of_a_message_that_are_no_text_are_refused_as_unsupported(kind: str, server: Served):
+    parts = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {"url": "https://example.com/x.png"}}]
+    error = refused(post(server, CHATS, CHAT | {"messages": [{"role": "user", "content": parts}]}), 400)
+    assert (error["param"], error["code"]) == (f"messages[0].content[1].{kind}", "unsupported_parameter")
+    assert "not served here" in error["message"]
+
+
 @pytest.mark.parametrize("path", [CHATS, COMPLETIONS])
 def test_a_field_that_nobody_knows_is_refused(path: str, server: Served):
     error = refused(post(server, path, (CHAT if path == CHATS else COMPLETION) | {"temprature": 1}), 400)
@@ -132,9 +140,9 @@ BODIES: list[tuple[bytes, str]] = [
     (b"[]", "the body is no JSON object"),
     (b"null", "JSON object"),
     (b"7", "the body is no JSON object"),
-    (b'{"model": "\xff"}', "the body cannot be read; expected JSON in UTF-8"),
-    (b"[" * 100_000, "the body cannot be read"),
-    (b'{"seed": ' + b"9" * 5000 + b"}", "the body cannot be read"),
+    (b'{"model": "\xff"}', "the body cannot be read: it is not UTF-8 at byte 11; expected JSON in UTF-8"),
+    (b"[" * 100_000, "the body cannot be read: it is nested too deeply"),
+    (b'{"seed": ' + b"9" * 5000 + b"}", "the body cannot be read: it has a whole number of more than 4300 digits"),
     (b'{"model": "m", "messages": [{"role": "user", "content": "\\ud800"}]}', "not valid Unicode"),
     (b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "\\ud800": 1}', "there is no such field"),
     (b'{"model": "m", "messages": [{"role": "user", "content": "x"}], "temperature": NaN}', "temperature: nan"),
@@ -174,7 +182,10 @@ def test_an_overlong_prompt_is_refused_by_its_length(server: Served):
     assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
     error = refused(post(server, COMPLETIONS, COMPLETION | {"prompt": [5] * 250, "max_tokens": 100}), 400)
     assert "250 prompt tokens and max_tokens=100 exceed the bundle's capacity of 256" in error["message"]
-    assert error["code"] == "context_length_exceeded"
+    assert (error["param"], error["code"]) == ("max_tokens", "context_length_exceeded")
+    for field in ("max_tokens", "max_completion_tokens"):
+        error = refused(post(server, CHATS, {"model": PAIR, "messages": MESSAGES, field: 5000}), 400)
+        assert (error["param"], error["code"]) == (field, "context_length_exceeded")
     error = refused(post(server, CHATS, body | {"stream": True}), 400)
     assert error["code"] == "context_length_exceeded"
 
@@ -205,6 +216,30 @@ def test_unknown_paths_and_methods_are_errors_in_the_same_form(method: str, path
     refused(response, status)
     if status == 405:
         assert response.headers["allow"]
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/"])
+def test_head_is_answered_as_get_but_without_a_body(path: str, server: Served):
+    with server.http() as client:
+        head, get = client.head(path), client.get(path)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-type"] == get.headers["content-type"]
+
+
+@pytest.mark.parametrize(
+    ("target", "status"),
+    [
+        ("http://a.proxy:80/health", 200),
+        ("HTTPS://a.proxy/ready?x=1", 200),
+        ("http://a.proxy", 200),
+        ("http://a/x", 404),
+    ],
+)
+def test_a_target_may_be_absolute(target: str, status: int, server: Served):
+    address = ("127.0.0.1", int(server.url.rsplit(":", 1)[1]))
+    with socket.create_connection(address, timeout=10) as connection:
+        connection.sendall(f"GET {target} HTTP/1.1\r\nHost: a.proxy\r\nConnection: close\r\n\r\n".encode())
+        assert connection.recv(4096).startswith(f"HTTP/1.1 {status} ".encode())
 
 
 def test_bytes_that_are_no_http_close_the_connection_and_nothing_else(server: Served):

@@ -11,7 +11,8 @@ import yaml
 from command_line import RunCli
 from ray.serve.schema import ServeDeploySchema
 
-from engines.cores import physical_cores
+from engines import cores
+from engines.cores import physical_cores, whole_processors
 from runtime import C2CError, UsageError
 from runtime.server.ray.arguments import RayArguments
 
@@ -63,7 +64,38 @@ def test_sharers_have_deployments_of_their_own(run_cli: RunCli, recorded_bundle:
     deployments = deployments_of(config)
     assert deployments.keys() == {"Ingress", "Pipeline", "Sharer0", "Sharer1"}
     for name in ("Pipeline", "Sharer0", "Sharer1"):
-        assert deployments[name]["ray_actor_options"] == {"num_cpus": physical_cores()}
+        assert deployments[name]["ray_actor_options"] == {"num_cpus": min(physical_cores(), whole_processors())}
+
+
+@pytest.mark.parametrize("quota", [None, 1.5])
+def test_one_machine_has_the_cpus_for_a_whole_pipeline(
+    quota: float | None, run_cli: RunCli, recorded_bundle: BundleOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Serve waited for ever for the ingress's half of a CPU, where there are no hyper-threads to take it from."""
+    monkeypatch.setattr(cores, "cpu_quota", lambda: quota)
+    code, _, err = run_cli("serve", recorded_bundle(PAIR), "--ray-config", tmp_path / "serve.yaml")
+    assert code == 0
+    assert "warning" not in err
+    deployments = deployments_of(yaml.safe_load((tmp_path / "serve.yaml").read_text()))
+    assert sum(options["ray_actor_options"]["num_cpus"] for options in deployments.values()) <= whole_processors()
+
+
+def test_too_few_cpus_for_every_sharer_are_warned_of(
+    run_cli: RunCli, recorded_bundle: BundleOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cores, "cpu_quota", lambda: 1.0)
+    layout = ("--ray-layout", "disaggregated")
+    code, _, err = run_cli("serve", recorded_bundle(PAIR), "--ray-config", tmp_path / "serve.yaml", *layout)
+    assert code == 0
+    assert "Pipeline 1, Sharer0 1; this machine has 1, so that by itself it cannot start them" in err
+
+
+def test_a_file_that_is_there_is_left_as_it_is(run_cli: RunCli, recorded_bundle: BundleOf, tmp_path: Path):
+    file = tmp_path / "serve.yaml"
+    file.write_text("edited")
+    code, _, err = run_cli("serve", recorded_bundle(PAIR), "--ray-config", file)
+    assert (code, file.read_text()) == (2, "edited")
+    assert f"--ray-config {file}: exists already" in err
 
 
 def test_api_keys_are_not_in_the_file(
@@ -77,6 +109,9 @@ def test_api_keys_are_not_in_the_file(
     monkeypatch.delenv("C2C_EXPORT_API_KEYS", raising=False)
     with pytest.raises(C2CError, match="C2C_EXPORT_API_KEYS: no API keys in this environment variable"):
         arguments.settings_with_keys()
+    monkeypatch.setenv("C2C_EXPORT_API_KEYS", " ")
+    with pytest.raises(UsageError, match="C2C_EXPORT_API_KEYS: this environment variable is set but blank"):
+        arguments.settings_with_keys()
     monkeypatch.setenv("C2C_EXPORT_API_KEYS", "hush-hush other")
     assert arguments.settings_with_keys().api_keys == ("hush-hush", "other")
 
@@ -84,7 +119,7 @@ def test_api_keys_are_not_in_the_file(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--ray-layout", "spread"], "ray_layout: 'spread' is not allowed; expected whole or disaggregated"),
+        (["--ray-layout", "spread"], "--ray-layout: 'spread' is not allowed; expected whole or disaggregated"),
         (["--engine", "auto"], "auto is not allowed here, as all replicas must run the same engine"),
         (["--precision", "auto"], "auto is not allowed here"),
         (["--precision", "int4"], "has no engine ort-cpu in int4"),
@@ -123,4 +158,4 @@ def test_a_missing_ray_is_an_error_that_names_the_extra():
     code = "import sys; sys.modules['ray'] = None; import runtime.server.ray_app"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "pip install 'c2c-export[ray]'" in done.stderr.splitlines()[-1]
+    assert "pip install -c constraints.txt '.[ray]'" in done.stderr.splitlines()[-1]

@@ -13,12 +13,21 @@ from ray.exceptions import (
 )
 from ray.serve.exceptions import BackPressureError, RequestCancelledError
 
-from c2c_export.errors import PromptError, PromptTooLongError
+from c2c_export.errors import AnswerTooLongError, PromptError, PromptTooLongError
 from runtime import AbortedError, BundleError, C2CError, ClosedError, DeadlineError, QueueFullError, UsageError
 from runtime.server.ray.replica_calls import PAUSES, LostReplicas, ReplicaClosingError, ReplicaLostError, own_error
 
 pytestmark = pytest.mark.xdist_group("ray")
-OURS = (AbortedError, BundleError, C2CError, DeadlineError, PromptError, PromptTooLongError, UsageError)
+OURS = (
+    AbortedError,
+    AnswerTooLongError,
+    BundleError,
+    C2CError,
+    DeadlineError,
+    PromptError,
+    PromptTooLongError,
+    UsageError,
+)
 
 
 def raised_in_a_replica(error: Exception) -> Exception:
