@@ -103,6 +103,18 @@ def test_paths_and_methods_that_clients_make_up_make_no_series(fresh: Served):
     assert fresh.metric("c2c_http_requests_total", path="unknown", status="404") == 5
 
 
+def test_what_is_refused_before_it_reaches_its_route_counts_there(engine: AsyncC2CEngine):
+    with served_here(engine, model_name="m", max_body=100, api_keys=("key",)) as served, served.http() as client:
+        assert client.post(CHATS, content=b" " * 101).status_code == 401
+        assert client.post(CHATS, content=b" " * 101, headers={"Authorization": "Bearer key"}).status_code == 413
+        assert client.get("/v1/models/m").status_code == 401
+        assert client.post("/made/up", content=b" " * 101).status_code == 413
+        assert served.metric("c2c_http_requests_total", path=CHATS, status="401") == 1
+        assert served.metric("c2c_http_requests_total", path=CHATS, status="413") == 1
+        assert served.metric("c2c_http_requests_total", path="/v1/models/{model:path}", status="401") == 1
+        assert served.metric("c2c_http_requests_total", path="unknown", status="413") == 1
+
+
 def test_the_documentation_lists_every_metric():
     documented = DOCS.read_text(encoding="utf-8")
     for family in text_string_to_metric_families(generate_latest(ServerMetrics().registry).decode()):
