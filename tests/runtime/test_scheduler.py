@@ -119,7 +119,7 @@ def pipelines(recorded_bundle: Callable[[str], Path]) -> PipelineOf:
 
 
 def small_pieces(scheduler: Scheduler, rows: int) -> None:
-    """Let every piece of a prompt have so many rows, as on a slow machine, and 100 at most come before a decode step."""
+    """Let every piece of a prompt have so many rows, as on a slow machine, and a hundred come before a decode step."""
     asked = itertools.count(1)
     scheduler._budget.rows = lambda kind, spent: rows  # type: ignore[method-assign]
     scheduler._budget.used_up = lambda spent: next(asked) % 100 == 0  # type: ignore[method-assign]
