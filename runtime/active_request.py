@@ -30,6 +30,8 @@ class ActiveRequest:
     sampler: Sampler
     listener: Listener
     submitted: float = field(default_factory=time.perf_counter)
+    planning_seconds: float = 0.0
+    """Of the time since `submitted`: what planning took, without the wait for its turn."""
     aborted: bool = False
 
     slot: int = -1
@@ -73,9 +75,9 @@ class ActiveRequest:
             sharer_prefill=self.prefill_timings.sharer_prefill,
             receiver_prefill=self.prefill_timings.receiver_prefill,
             fuse=self.prefill_timings.fuse,
-            ttft=self.first_token_at - self.submitted,
+            ttft=self.first_token_at - self.started + self.planning_seconds,
             decode=self.last_token_at - self.first_token_at,
-            queued=self.started - self.submitted,
+            queued=self.started - self.submitted - self.planning_seconds,
         )
         generation = Generation(
             self.reply.text,

@@ -5,20 +5,22 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of computing, without the time that a stream's reader takes.
+    """Seconds. The prefill belongs to the first generation after it: a further one on the same prompt has zeros there.
 
-    The prefill belongs to the first generation after it: a further one on the same prompt has zeros there.
+    Of a session, all are spent on this answer, without the time that a stream's reader takes. Of a scheduler, the three
+    prefill phases are; `ttft` and `decode` are wall-clock time, in which it also serves others, and with `queued` they
+    make up the time from the request's submission to its last token.
     """
 
     sharer_prefill: float
     receiver_prefill: float
     fuse: float
     ttft: float
-    """Time to first token: planning, the three prefill phases, and choosing the token."""
+    """Time to first token: planning, the three prefill phases, and choosing the token; `queued` is not in it."""
     decode: float
     """All tokens after the first."""
     queued: float = 0.0
-    """Before the prompt was begun; only a scheduler lets requests wait."""
+    """Waiting to be planned, and then for a slot; only a scheduler lets requests wait."""
 
 
 @dataclass(frozen=True)

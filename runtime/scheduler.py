@@ -148,6 +148,7 @@ class Scheduler:
         self._observe(self._observer.queued, num_waiting)
 
     def _planned(self, request: Request, listener: Listener, since: float) -> ActiveRequest:
+        began = time.perf_counter()
         plan = self.plan(request)
         num_rows, capacity = len(plan.receiver.ids), self._pipeline.bundle.manifest.max_length
         wanted, room = request.max_new_tokens, capacity - num_rows + 1
@@ -156,7 +157,9 @@ class Scheduler:
         limit = generation_limit(wanted, num_rows, room, capacity)
         stop_ids = () if request.ignore_eos else self._pipeline.bundle.manifest.stop_ids
         reply = Reply(self._pipeline.tokenizer, limit=limit, stop_ids=stop_ids, stop=request.stop)
-        return ActiveRequest(request, plan, reply, Sampler(request.sampling), listener, submitted=since)
+        active = ActiveRequest(request, plan, reply, Sampler(request.sampling), listener, submitted=since)
+        active.planning_seconds = time.perf_counter() - began
+        return active
 
     def abort(self, request_id: str) -> bool:
         """End a request with an `AbortedError` before anything else is computed; whether there was one."""

@@ -6,16 +6,16 @@
 In: a bundle whose receiver chats. Every answer is generated alone first, by `C2CPipeline` in this process; then
 `c2c-export serve` runs in a process of its own, and OpenAI's client sends the requests: prompts of mixed length, with
 and without sharers, greedy and sampled, every other one as a stream, every tenth stream left after some tokens. Out: a
-table of what was found, and each request whose answer differed; exit status 1 if one did, a request failed, or slots,
-threads or files were left. Memory is the server's resident one after each round: with three rounds or more, the last
-one's may be 3 % above the second one's, as caches are filled by then. `--rounds 5` sends 1,000 requests.
+table of what was found, and each request whose answer differed; exit status 1 if one did, a request failed, slots,
+threads or files were left that the server did not hold before the first round, or the server did not end in good order.
+Memory is the server's resident one after each round: with three rounds or more, the last one's may be 3 % above the
+second one's, as caches are filled by then; with fewer it is shown, not judged. `--rounds 5` sends 1,000 requests.
 Questions too long for the bundle's capacity are left out.
 """
 
 import argparse
 import asyncio
 import json
-import os
 import random
 import re
 import signal
@@ -48,10 +48,13 @@ SETTLE_SECONDS = 20.0
 MAX_TOKENS = (3, 8, 17, 40)
 TEMPLATE_TOKENS = 64
 """More than a chat template adds to two messages."""
-THREAD_POOL = min(32, (os.cpu_count() or 1) + 4)
-"""Threads that asyncio's pool starts one by one, as more is asked at once than before; and keeps."""
+THREAD_POOL = 40 + 1
+"""Threads that requests start and that may be left: anyio's for what FastAPI calls beside the event loop, 40 at most,
+and the engine's, which plans."""
 MEMORY_GROWTH = 1.03
 """From the second round to the last."""
+START_SECONDS = 600.0
+END_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,15 @@ class Case:
         return [{"role": "system", "content": SYSTEM}, turn] if self.system else [turn]
 
 
+@dataclass(frozen=True)
+class Held:
+    """What a process holds of its machine."""
+
+    resident_mb: float
+    threads: int
+    open_files: int
+
+
 @dataclass
 class Round:
     """What one round of requests gave."""
@@ -83,9 +95,8 @@ class Round:
     failed: list[str] = field(default_factory=list)
     generated_tokens: int = 0
     reused_tokens: int = 0
-    resident_mb: float = 0.0
-    threads: int = 0
-    open_files: int = 0
+    held: Held = Held(0.0, 0, 0)
+    """By the server, when it was idle again."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -119,31 +130,37 @@ def main(arguments: list[str] | None = None) -> int:
     expected = answer_alone(pipe, cases)
     del pipe
     with Server(options.bundle, options.precision, options.slots, console) as server:
-        rounds = []
+        time.sleep(1.0)  # the connections that asked whether it is ready are closed by then
+        before, rounds = server.held(), list[Round]()
         for number in range(options.rounds):
             console.print(f"Round {number + 1} of {options.rounds}: {len(cases)} requests, {options.at_once} at once …")
             rounds.append(asyncio.run(send_all(server, cases, expected, options.at_once)))
-    Console().print(table_of(rounds))
+    Console().print(table_of(before, rounds))
     if options.json:
-        options.json.write_text(json.dumps([asdict(one) for one in rounds], indent=1), encoding="utf-8")
-    problems = problems_of(rounds)
+        found = {"before": asdict(before), "rounds": [asdict(one) for one in rounds]}
+        options.json.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    problems = problems_of(before, rounds)
+    if server.ended_with != 0:
+        problems.append(f"the server {server.how_it_ended}")
     for problem in problems:
         Console().print(problem, markup=False, soft_wrap=True)
     return int(bool(problems))
 
 
-def problems_of(rounds: list[Round]) -> list[str]:
-    """What must not be, a line each."""
+def problems_of(before: Held, rounds: list[Round]) -> list[str]:
+    """What must not be, a line each; `before` is what the idle server held before the first round."""
     found = []
     for number, one in enumerate(rounds, 1):
         found += [f"round {number}: {what}" for what in (*one.failed, *one.different)]
-    first, last = rounds[0], rounds[-1]
-    if last.threads > first.threads + THREAD_POOL:
-        found.append(f"threads grew from {first.threads} to {last.threads}")
-    if last.open_files > first.open_files:
-        found.append(f"open files grew from {first.open_files} to {last.open_files}")
-    if len(rounds) >= 3 and last.resident_mb > MEMORY_GROWTH * rounds[1].resident_mb:
-        found.append(f"resident memory grew from {rounds[1].resident_mb:.0f} MB (round 2) to {last.resident_mb:.0f} MB")
+    last = rounds[-1].held
+    if last.threads > before.threads + THREAD_POOL:
+        found.append(f"threads grew from {before.threads} to {last.threads}")
+    if last.open_files > before.open_files:
+        found.append(f"open files grew from {before.open_files} to {last.open_files}")
+    if len(rounds) >= 3:  # caches are filled until the second
+        second = rounds[1].held.resident_mb
+        if last.resident_mb > MEMORY_GROWTH * second:
+            found.append(f"resident memory grew from {second:.0f} MB (round 2) to {last.resident_mb:.0f} MB")
     return found
 
 
@@ -166,7 +183,7 @@ def answer_alone(pipe: C2CPipeline, cases: list[Case]) -> dict[Case, str]:
 
 
 class Server:
-    """`c2c-export serve` in a process of its own, for a `with` block."""
+    """`c2c-export serve` in a process of its own, for a `with` block, behind which it runs no more."""
 
     def __init__(self, bundle: Path, precision: str, num_slots: int, console: Console) -> None:
         self.num_slots = num_slots
@@ -174,6 +191,9 @@ class Server:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
+        self.ended_with: int | None = None
+        """The process's status, behind the block; None where it had to be killed."""
+        self.how_it_ended = "was killed"
         self._console = console
         command = [
             "serve",
@@ -192,20 +212,39 @@ class Server:
 
     def __enter__(self) -> "Server":
         self.process = subprocess.Popen(self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self._kill()
+            raise
+        return self
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
         while True:
             try:
-                urllib.request.urlopen(f"{self.url}/ready", timeout=5).close()
+                return urllib.request.urlopen(f"{self.url}/ready", timeout=5).close()
             except OSError:
                 if self.process.poll() is not None:
                     raise SystemExit(f"error: the server ended with status {self.process.returncode}") from None
+                if time.monotonic() > deadline:
+                    raise SystemExit(f"error: the server was not ready within {START_SECONDS:g} s") from None
                 time.sleep(0.2)
-            else:
-                return self
 
     def __exit__(self, *_: object) -> None:
         self.process.send_signal(signal.SIGTERM)
-        status = self.process.wait(60)
-        self._console.print(f"The server ended with status {status}.")
+        try:
+            self.ended_with = self.process.wait(END_SECONDS)
+            self.how_it_ended = f"ended with status {self.ended_with}"
+        except subprocess.TimeoutExpired:
+            self.how_it_ended = f"did not end within {END_SECONDS:g} s, and was killed"
+        finally:
+            self._kill()
+        self._console.print(f"The server {self.how_it_ended}.")
+
+    def _kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
     def metrics(self) -> dict[str, float]:
         """Its metrics by name, with labels as they are written."""
@@ -213,18 +252,18 @@ class Server:
             lines = answer.read().decode().splitlines()
         return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line and line[0] != "#"}
 
-    def held(self) -> tuple[float, int, int]:
-        """Its resident memory in MB, threads, and open files."""
+    def held(self) -> Held:
+        """What it holds now."""
         status = Path(f"/proc/{self.process.pid}/status").read_text(encoding="utf-8")
         values = dict(re.findall(r"^(\w+):\s+(\d+)", status, re.MULTILINE))
         files = len(list(Path(f"/proc/{self.process.pid}/fd").iterdir()))
-        return int(values["VmRSS"]) / 1e3, int(values["Threads"]), files
+        return Held(int(values["VmRSS"]) / 1e3, int(values["Threads"]), files)
 
 
 async def send_all(server: Server, cases: list[Case], expected: dict[Case, str], at_once: int) -> Round:
     """Send every case, and wait until the server is idle again."""
     found, places, before = Round(), asyncio.Semaphore(at_once), server.metrics()
-    files_before = server.held()[2]
+    files_before = server.held().open_files
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600) as client:
         model = (await client.models.list()).data[0].id
 
@@ -254,9 +293,9 @@ async def send_all(server: Server, cases: list[Case], expected: dict[Case, str],
         await asyncio.sleep(0.1)
     found.generated_tokens = int(metrics["c2c_generated_tokens_total"] - before["c2c_generated_tokens_total"])
     found.reused_tokens = int(metrics["c2c_reused_tokens_total"] - before["c2c_reused_tokens_total"])
-    while server.held()[2] > files_before and time.monotonic() < deadline:
+    while server.held().open_files > files_before and time.monotonic() < deadline:
         await asyncio.sleep(0.1)  # connections that the client has closed
-    found.resident_mb, found.threads, found.open_files = server.held()
+    found.held = server.held()
     return found
 
 
@@ -282,20 +321,21 @@ async def ask(client: AsyncOpenAI, model: str, case: Case, *, stream: bool, leav
     return "".join(texts)
 
 
-def table_of(rounds: list[Round]) -> Table:
+def table_of(before: Held, rounds: list[Round]) -> Table:
     """What was found, a column for each round."""
-    table = Table("", *(f"round {number + 1}" for number in range(len(rounds))))
+    table = Table("", "before", *(f"round {number + 1}" for number in range(len(rounds))))
+    held = [before, *(one.held for one in rounds)]
     rows = {
-        "seconds": [f"{one.seconds:.1f}" for one in rounds],
-        "finished, as alone": [str(one.finished - len(one.different)) for one in rounds],
-        "finished, different": [str(len(one.different)) for one in rounds],
-        "left by the client": [str(one.left) for one in rounds],
-        "failed": [str(len(one.failed)) for one in rounds],
-        "tokens a second": [f"{one.generated_tokens / one.seconds:.0f}" for one in rounds],
-        "prompt tokens reused": [str(one.reused_tokens) for one in rounds],
-        "server: resident MB": [f"{one.resident_mb:.0f}" for one in rounds],
-        "server: threads": [str(one.threads) for one in rounds],
-        "server: open files": [str(one.open_files) for one in rounds],
+        "seconds": ["", *(f"{one.seconds:.1f}" for one in rounds)],
+        "finished, as alone": ["", *(str(one.finished - len(one.different)) for one in rounds)],
+        "finished, different": ["", *(str(len(one.different)) for one in rounds)],
+        "left by the client": ["", *(str(one.left) for one in rounds)],
+        "failed": ["", *(str(len(one.failed)) for one in rounds)],
+        "tokens a second": ["", *(f"{one.generated_tokens / one.seconds:.0f}" for one in rounds)],
+        "prompt tokens reused": ["", *(str(one.reused_tokens) for one in rounds)],
+        "server: resident MB": [f"{one.resident_mb:.0f}" for one in held],
+        "server: threads": [str(one.threads) for one in held],
+        "server: open files": [str(one.open_files) for one in held],
     }
     for name, values in rows.items():
         table.add_row(name, *values)

@@ -48,6 +48,12 @@ class Served:
     app: FastAPI | None = None
     server: uvicorn.Server | None = None
 
+    def release(self) -> None:
+        """Let the answers of a process that was held go on."""
+        assert self.process is not None
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+
     def openai(self, api_key: str = "none") -> OpenAI:
         return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
 
@@ -97,13 +103,20 @@ def served_here(engine: AsyncC2CEngine, metrics: ServerMetrics | None = None, **
 
 
 @contextmanager
-def served_process(bundle: Path, *options: object, environment: dict[str, str] | None = None) -> Iterator[Served]:
-    """`c2c-export serve` on a free port; killed at the end if it still runs."""
-    command = [sys.executable, "-m", "c2c_export.cli", "serve", bundle, "--port", 0, "--threads", 1, *options]
+def served_process(
+    bundle: Path, *options: object, environment: dict[str, str] | None = None, held: bool = False
+) -> Iterator[Served]:
+    """`c2c-export serve` on a free port; killed at the end if it still runs.
+
+    Where it is `held`, no answer goes on behind its first token until `release` is called.
+    """
+    program = [ROOT / "tests" / "held_server.py"] if held else ["-m", "c2c_export.cli"]
+    command = [sys.executable, *program, "serve", bundle, "--port", 0, "--threads", 1, *options]
     process = subprocess.Popen(
         [str(part) for part in command],
         cwd=ROOT,
-        env={**os.environ, **(environment or {})},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})},
+        stdin=subprocess.PIPE if held else None,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -126,6 +139,8 @@ def served_process(bundle: Path, *options: object, environment: dict[str, str] |
         process.kill()
         process.wait()
         reader.join()
+        if process.stdin is not None:
+            process.stdin.close()
         process.stdout.close()
         assert process.stderr is not None
         process.stderr.close()

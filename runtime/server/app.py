@@ -58,7 +58,8 @@ def create_app(engine: ServedEngine, settings: ServerSettings, metrics: HttpMetr
     )
     app.state.service = service
     keys = ApiKeys(settings.api_keys) if settings.api_keys else None
-    for module in (chat, completions, models, bundle_info):
+    guarded = (chat, completions, models, bundle_info)
+    for module in guarded:
         app.include_router(module.router, dependencies=[Depends(keys.dependency)] if keys else [])
     app.include_router(health.router)
     add_page(app)
@@ -68,7 +69,8 @@ def create_app(engine: ServedEngine, settings: ServerSettings, metrics: HttpMetr
     if keys:
         app.add_middleware(KeysBeforeBodies, keys=keys)
     app.add_middleware(OneLength)
-    app.add_middleware(RequestLog, metrics=service.metrics)
+    routes = [route for module in (*guarded, health) for route in module.router.routes]
+    app.add_middleware(RequestLog, metrics=service.metrics, routes=routes)
     app.add_middleware(PathOfTarget)
     complete_document(app, service.models, settings.max_priority)
     return app

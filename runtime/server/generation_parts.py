@@ -52,14 +52,15 @@ class TimingsInSeconds(BaseModel):
     """Where the time of an answer went."""
 
     queued: float
-    """Waiting for a slot."""
+    """Waiting to be planned, and then for a slot."""
     sharer_prefill: float
     receiver_prefill: float
     fuse: float
     ttft: float
-    """Time to first token: planning, the three phases before, and choosing the token; `queued` is not in it."""
+    """Time to first token: planning, the three phases before, choosing the token, and what was done for other requests
+    meanwhile; `queued` is not in it."""
     decode: float
-    """All tokens after the first."""
+    """All tokens after the first, and what was done for other requests meanwhile."""
 
 
 class C2CDetails(BaseModel):

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from runtime.generation import Generation
@@ -84,9 +85,11 @@ async def refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) ->
 class RequestLog:
     """See the module's docstring."""
 
-    def __init__(self, app: ASGIApp, metrics: HttpMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: HttpMetrics, routes: Sequence[BaseRoute]) -> None:
+        """`routes` tell where a request would have gone that a middleware refused."""
         self._app = app
         self._metrics = metrics
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, and log it when it is answered."""
@@ -114,11 +117,17 @@ class RequestLog:
                 await as_api_error(error).response()(scope, receive, send_with_id)
         finally:
             spent = time.perf_counter() - started
-            route = getattr(scope.get("route"), "path", "unknown")
             # No status at all: the client left before its request was complete.
             seen = CLIENT_GONE if record.gone or not status else status
-            self._metrics.answered(route, seen, spent)
+            self._metrics.answered(self._path_of(scope), seen, spent)
             self._log(scope, record, seen, spent)
+
+    def _path_of(self, scope: Scope) -> str:
+        """The path of the request's route, "unknown" where it has none of ours."""
+        route = scope.get("route")
+        if route is None:
+            route = next((route for route in self._routes if route.matches(scope)[0] is not Match.NONE), None)
+        return getattr(route, "path", "unknown")
 
     def _log(self, scope: Scope, record: RequestRecord, status: int, spent: float) -> None:
         level = logging.DEBUG if scope["path"] in _QUIET else logging.INFO

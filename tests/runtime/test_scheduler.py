@@ -122,8 +122,10 @@ def pipelines(recorded_bundle: Callable[[str], Path]) -> PipelineOf:
 
 
 def small_pieces(scheduler: Scheduler, rows: int) -> None:
-    """Let every piece of a prompt have so many rows, as on a slow machine."""
+    """Let every piece of a prompt have so many rows, as on a slow machine, and a hundred come before a decode step."""
+    asked = itertools.count(1)
     scheduler._budget.rows = lambda kind, spent: rows  # type: ignore[method-assign]
+    scheduler._budget.used_up = lambda spent: next(asked) % 100 == 0  # type: ignore[method-assign]
 
 
 def finish(scheduler: Scheduler, requests: Sequence[Request]) -> list[Generation]:
@@ -751,24 +753,33 @@ def test_logprobs_are_those_of_the_models_logits(name: str, pipelines: PipelineO
 @every(UNALIGNED)
 def test_requests_may_be_submitted_and_aborted_by_many_threads(name: str, pipelines: PipelineOf):
     scheduler = Scheduler(pipelines(name), SchedulerOptions(max_waiting=500))
-    outcomes: list[Outcome] = []
+    outcomes: dict[str, Outcome] = {}
+    aborted_before, aborted_while_stepping = set[str](), set[str]()
+    half = threading.Barrier(5)
 
     def submit(worker: int) -> None:
         for index in range(25):
-            outcome, request = Outcome(), Request(prompt=[5 + worker, 6 + index], max_new_tokens=3)
-            outcomes.append(outcome)
-            scheduler.submit(request, outcome)
+            if index == 12:
+                half.wait()
+            request_id, outcome = f"{worker}.{index}", Outcome()
+            outcomes[request_id] = outcome
+            scheduler.submit(Request(prompt=[5 + worker, 6 + index], max_new_tokens=3, request_id=request_id), outcome)
             if index % 5 == 0:
-                scheduler.abort(request.request_id)
+                scheduler.abort(request_id)
+                (aborted_before if index < 12 else aborted_while_stepping).add(request_id)
 
     threads = [threading.Thread(target=submit, args=(worker,)) for worker in range(4)]
     for thread in threads:
         thread.start()
+    half.wait()
     while any(thread.is_alive() for thread in threads) or scheduler.has_requests:
         scheduler.step()
     assert len(outcomes) == 100
-    assert all(outcome.ended for outcome in outcomes)
-    assert sum(bool(outcome.errors) for outcome in outcomes) <= 20
+    assert all(outcome.ended for outcome in outcomes.values())
+    failed = {request_id for request_id, outcome in outcomes.items() if outcome.errors}
+    # Those of the second half may have been done.
+    assert failed - aborted_while_stepping == aborted_before
+    assert all(isinstance(outcomes[request_id].errors[0], AbortedError) for request_id in failed)
     assert scheduler.num_free_slots == 4
 
 

@@ -23,6 +23,9 @@ _log = logging.getLogger(__name__)
 PAUSES = (0.2, 1.0, 3.0)
 """Seconds before a call is made again after the first, second and third lost replica, in which Serve may find out that
 it is gone and another one may start. With the next one the call is given up: it may be what kills them."""
+CLOSING_SECONDS = 60.0
+"""Of pauses while one replica after the other says that it is being stopped: Serve sends it no calls for longer than
+that, unless something keeps it from stopping it."""
 _LOST = (RayActorError, ObjectLostError, WorkerCrashedError, ReplicaUnavailableError)
 """A replica died, cannot be reached, or its answer went with its node."""
 _SECONDS_TO_RETRY = 1.0
@@ -33,21 +36,26 @@ class ReplicaLostError(C2CError):
 
 
 class ReplicaClosingError(ReplicaLostError):
-    """Serve is stopping the replica, which no call is to blame for."""
+    """The replica is being stopped, which no call is to blame for."""
 
 
 class LostReplicas:
-    """Counts the replicas that were lost over one call, but for those that are being stopped."""
+    """Counts the replicas that were lost over one call; of those that are being stopped, the time."""
 
     def __init__(self, call: str) -> None:
         """`call` is what an error names."""
         self._call = call
         self._num_lost = 0
+        self._closing_seconds = 0.0
 
     def add(self, error: ReplicaLostError) -> float:
         """Note one more. Returns the seconds to wait; raises `C2CError` when the call is not to be made again."""
         _log.warning("a replica was lost", extra={"fields": {"call": self._call, "error": str(error)}})
         if isinstance(error, ReplicaClosingError):
+            self._closing_seconds += PAUSES[0]
+            if self._closing_seconds > CLOSING_SECONDS:
+                what = f"replicas were closing whenever it was made in {CLOSING_SECONDS:g} s, it is given up"
+                raise C2CError(f"{self._call}: {what}; {error}") from error
             return PAUSES[0]
         self._num_lost += 1
         if self._num_lost > len(PAUSES):

@@ -9,6 +9,7 @@ which breaks its clients' connections.
 
 import asyncio
 import contextlib
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator, Awaitable, Iterator
@@ -20,13 +21,16 @@ from typing import Any, TypeVar
 from ray.serve.handle import DeploymentHandle
 
 from c2c_export.bundle import Bundle
+from c2c_export.errors import UsageError
 from engines.select import EngineChoice
 from runtime.bundle_planner import BundlePlanner
 from runtime.generation import Chunk, Generation
-from runtime.request import AbortedError, ClosedError, DeadlineError, Request
+from runtime.request import AbortedError, ClosedError, DeadlineError, Request, new_request_id
 from runtime.server.ray.affinity import affinity_key
 from runtime.server.ray.replica_calls import LostReplicas, ReplicaLostError, own_error
 from runtime.server.ray.resumption import Resumption
+
+_log = logging.getLogger(__name__)
 
 _GRACE = 1.0
 """Seconds behind a request's deadline in which its replica may still say itself that it passed."""
@@ -146,6 +150,8 @@ class ReplicatedEngine:
     def _call(self, request: Request) -> Iterator["_Call"]:
         if self._closed:
             raise ClosedError("the server is closing and takes no more requests")
+        if request.request_id in self._calls:
+            raise UsageError(f"request_id: {request.request_id!r} is in use by another request")
         call = _Call(request, self._replicas.deployment_name)
         self._calls[request.request_id] = call
         try:
@@ -156,11 +162,16 @@ class ReplicatedEngine:
 
 
 class _Call:
-    """A request under way: what it asks of a replica, and Serve's response for the present try."""
+    """A request under way: what it asks of a replica, and Serve's response for the present try.
+
+    Each try has an id of its own, the first one the request's: a replica that only seemed to be lost may be at work on
+    the last one when it gets the next.
+    """
 
     def __init__(self, request: Request, deployment: str) -> None:
         self._deployment = deployment
         self._request = _repeatable(request)
+        self._id = request.request_id
         self._started = time.monotonic()
         self._ended_with: Exception | None = None
         self._ended = asyncio.Event()
@@ -177,26 +188,32 @@ class _Call:
         self.response = Context().run(handle.remote, self._request_now(), self.key)
 
     def _request_now(self) -> Request:
-        """The request to send, with what is left of its deadline."""
+        """The request to send: under the present try's id, with what is left of its deadline."""
         if self._request.deadline is None:
             return self._request
         # A deadline that has passed is the replica's to refuse; it must only be above 0.
         return replace(self._request, deadline=max(self._seconds_left(self._request.deadline), 1e-3))
 
     async def wait_for(self, awaitable: Awaitable[_T]) -> _T:
-        """What a replica answers. Raises its error, `ReplicaLostError`, or `DeadlineError` where none is found."""
+        """What a replica answers. Raises its error, `ReplicaLostError`, or `DeadlineError` where none is found.
+
+        Once the request was aborted, what it was aborted with, whatever the replica had answered by then.
+        """
         deadline = self._request.deadline
         timeout = None if deadline is None else self._seconds_left(deadline) + _GRACE
         try:
             async with asyncio.timeout(timeout):
-                return await _result(awaitable, self._deployment)
+                result = await _result(awaitable, self._deployment)
         except TimeoutError as error:
             raise DeadlineError(f"the deadline of {deadline} s passed before the request was done") from error
         except Exception as error:
             raise (self._ended_with or error) from error
+        if self._ended_with is not None:
+            raise self._ended_with
+        return result
 
     async def pause_after(self, error: ReplicaLostError) -> None:
-        """Wait until the request may be sent again, not beyond its deadline.
+        """Wait until the request may be sent again, not beyond its deadline, and give that try an id of its own.
 
         Raises `C2CError` where it is given up, and what it was aborted with meanwhile.
         """
@@ -208,6 +225,9 @@ class _Call:
             await asyncio.wait_for(self._ended.wait(), pause)
         if self._ended_with is not None:
             raise self._ended_with
+        self._request = replace(self._request, request_id=new_request_id())
+        fields = {"request_id": self._id, "sent_as": self._request.request_id}
+        _log.info("a request is sent again", extra={"fields": fields})
 
     def abort(self, error: Exception) -> None:
         """Let the request end with `error`."""

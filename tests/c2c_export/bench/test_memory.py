@@ -94,7 +94,10 @@ def test_others_work_is_told_from_ones_own(
 
 
 def test_a_process_that_computes_is_seen_by_others():
-    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
+    program = [sys.executable, "-c", "print('begun', flush=True)\nwhile True: pass"]
+    with subprocess.Popen(program, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
         before = OtherLoad()
         time.sleep(1.0)
         busy = before.cores()

@@ -6,11 +6,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from decode_gate import DecodeGate
 from openai import AsyncOpenAI, RateLimitError
 from served import Served, refused, served_here, wait_until
 
@@ -233,7 +235,7 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
 
 
 def test_the_servers_timeout_ends_what_takes_longer(engine: AsyncC2CEngine):
-    with served_here(engine, model_name="m", timeout=0.02) as served, served.http() as client:
+    with DecodeGate(engine), served_here(engine, model_name="m", timeout=0.02) as served, served.http() as client:
         long = CHAT | {"max_tokens": None, "ignore_eos": True, "n": 8}
         assert refused(client.post(CHATS, json=long), 408)["code"] == "deadline_exceeded"
         events = client.post(CHATS, json=long | {"stream": True}).text
@@ -269,8 +271,8 @@ def question(number: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"What is {number} times {number + 1}?"}]
 
 
-async def ask_all(served: Served, numbers: range, max_retries: int) -> list[str | RateLimitError]:
-    async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=max_retries, timeout=60) as client:
+async def ask_all(served: Served, numbers: range) -> list[str | RateLimitError]:
+    async with AsyncOpenAI(base_url=f"{served.url}/v1", api_key="x", max_retries=0, timeout=60) as client:
 
         async def ask(number: int) -> str | RateLimitError:
             options: Any = {"model": "m", "messages": question(number), "max_tokens": 40, "temperature": 0}
@@ -290,9 +292,14 @@ def test_tenfold_overload_is_turned_away_and_all_others_are_answered_right(
     crowded: tuple[Served, AsyncC2CEngine], recorded_pipeline: Callable[[str], C2CPipeline]
 ):
     served, engine = crowded
-    found = asyncio.run(ask_all(served, range(60), max_retries=0))
+    with ThreadPoolExecutor(1) as threads, DecodeGate(engine) as gate:
+        asking = threads.submit(asyncio.run, ask_all(served, range(60)))
+        # Two are served and four wait.
+        wait_until(lambda: served.metric("c2c_refused_total") == 54)
+        gate.open()
+        found: list[str | RateLimitError] = asking.result()
     turned_away = [out for out in found if isinstance(out, RateLimitError)]
-    assert 20 < len(turned_away) < 60
+    assert len(turned_away) == 54
     for error in turned_away:
         assert int(error.response.headers["retry-after"]) >= 1
         refused(error.response, 429)
@@ -301,8 +308,8 @@ def test_tenfold_overload_is_turned_away_and_all_others_are_answered_right(
     for number, out in enumerate(found):
         if isinstance(out, str):
             assert out == pipeline.generate(question(number), max_new_tokens=40, ignore_eos=True).text
-    assert served.metric("c2c_refused_total") == len(turned_away)
-    assert served.metric("c2c_requests_total", outcome="length") == 60 - len(turned_away)
+    assert served.metric("c2c_refused_total") == 54
+    assert served.metric("c2c_requests_total", outcome="length") == 6
     assert engine.num_active == engine.num_waiting == 0
 
 

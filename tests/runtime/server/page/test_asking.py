@@ -53,7 +53,7 @@ def test_answers_stream_into_both_columns_at_the_same_time(chat: ChatPage, pace:
             }).observe(document.body, { subtree: true, childList: true, characterData: true });
         }"""
     )
-    pace(0.005)
+    pace(0.03)
     chat.ask("Name three rivers.", LONGEST)
     seen = [texts for texts in chat.page.evaluate("window.seen") if len(texts) == 2]
     complete = [len(chat.page.locator(".answer .text").nth(column).text_content() or "") for column in (0, 1)]
@@ -114,8 +114,9 @@ def test_stopping_frees_the_slots_and_keeps_what_came(
         chat.stop.click()
     else:
         chat.page.keyboard.press("Escape")
-    wait_until(lambda: server.engine is not None and server.engine.num_active == 0, 2)
-    assert server.metric("c2c_requests_total", outcome="aborted") == aborted + 2
+    # The answers would take more than 15 seconds.
+    wait_until(lambda: server.metric("c2c_requests_total", outcome="aborted") == aborted + 2, 10)
+    assert server.engine.num_active == 0
     kept = {side: chat.text(side) for side in SIDES}
     for side in SIDES:
         expect(chat.note(side)).to_have_text("Stopped by you.")
@@ -137,7 +138,7 @@ def test_a_new_chat_stops_what_runs_and_forgets_what_was_said(
     expect(chat.page.locator(".turn")).to_have_count(0)
     expect(chat.page.get_by_role("heading", name="One question, two answers")).to_be_visible()
     expect(chat.question).to_be_focused()
-    wait_until(lambda: server.engine is not None and server.engine.num_active == 0, 2)
+    wait_until(lambda: server.engine is not None and server.engine.num_active == 0, 10)
     pace(0.0)
     chat.wait_for_answers()
     chat.ask("Name a lake.", 5)
@@ -183,7 +184,9 @@ def test_timelines_show_the_times_that_the_server_measured(
     pace(0.01)
     with occupied(2) as release:
         chat.send("Which country is Dresden in?", LONGEST)
-        wait_until(lambda: server.engine is not None and server.engine.num_waiting == 2)
+        engine = server.engine
+        assert engine is not None
+        wait_until(lambda: len(engine._scheduler._queue) == 2)  # planned, too
         time.sleep(0.2)
         release()
         chat.wait_for_answers()

@@ -87,18 +87,14 @@ def test_a_question_that_lacked_a_key_is_asked_again_with_it(open_page: OpenPage
         expect(chat.note(side)).to_be_empty()
 
 
-def test_a_busy_server_is_asked_again_when_it_said_so(
-    chat: ChatPage, occupied: Occupied, pace: Callable[[float], None]
-) -> None:
+def test_a_busy_server_is_asked_again_when_it_said_so(chat: ChatPage, occupied: Occupied) -> None:
     chat.visit.expected_statuses = {429}
-    pace(0.02)
     with occupied(4) as release:
         chat.send("Name a river.", 5)
         expect(chat.note("c2c")).to_contain_text("The server is busy: more requests wait than its queue holds.")
         expect(chat.note("c2c")).to_contain_text("Asking again in")
         expect(chat.state).to_contain_text("The server is busy")
         release()
-        pace(0.0)
         chat.wait_for_answers()
     for side in SIDES:
         assert chat.text(side)
@@ -106,11 +102,8 @@ def test_a_busy_server_is_asked_again_when_it_said_so(
     chat.wait_until_ready()
 
 
-def test_waiting_for_a_busy_server_can_be_stopped(
-    chat: ChatPage, occupied: Occupied, pace: Callable[[float], None]
-) -> None:
+def test_waiting_for_a_busy_server_can_be_stopped(chat: ChatPage, occupied: Occupied) -> None:
     chat.visit.expected_statuses = {429}
-    pace(0.02)
     with occupied(4):
         chat.send("Name a river.", 5)
         expect(chat.note("c2c")).to_contain_text("Asking again in")
@@ -122,14 +115,13 @@ def test_waiting_for_a_busy_server_can_be_stopped(
 
 
 def test_a_request_that_waits_in_the_queue_is_withdrawn_by_stopping(
-    chat: ChatPage, server: Served, occupied: Occupied, pace: Callable[[float], None]
+    chat: ChatPage, server: Served, occupied: Occupied
 ) -> None:
-    pace(0.02)
     with occupied(2):
         chat.send("Name a river.", 5)
         wait_until(lambda: server.engine is not None and server.engine.num_waiting == 2)
         chat.page.keyboard.press("Escape")
-        wait_until(lambda: server.engine is not None and server.engine.num_waiting == 0, 2)
+        wait_until(lambda: server.engine is not None and server.engine.num_waiting == 0)
         for side in SIDES:
             expect(chat.note(side)).to_have_text("Stopped by you before it began.")
 
