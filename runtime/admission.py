@@ -50,12 +50,20 @@ class Admission:
     @property
     def num_waiting(self) -> int:
         """Requests without a slot, those that are being planned included."""
-        return len(self._queue) + len(self._planned_places)
+        with self._lock:
+            return self._num_waiting
 
     @property
-    def has_requests(self) -> bool:
-        """Whether any request is being planned, waits or has a slot."""
-        return bool(self._live or self._planned_places)
+    def num_served(self) -> int:
+        """Requests with a slot."""
+        with self._lock:
+            return self._num_requests - self._num_waiting
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that are being planned, wait or have a slot."""
+        with self._lock:
+            return self._num_requests
 
     @property
     def free_slots(self) -> tuple[int, ...]:
@@ -71,9 +79,8 @@ class Admission:
         with self._lock:
             if request.request_id in self._live or request.request_id in self._planned_places:
                 raise UsageError(f"request_id: {request.request_id!r} is in use by another request")
-            num_waiting = self.num_waiting
-            num_served = len(self._live) - len(self._queue)
-            if num_waiting >= self._max_waiting + self.num_slots - num_served:
+            if self._num_requests >= self._max_waiting + self.num_slots:
+                num_waiting = self._num_waiting
                 retry_after = max(1.0, self._seconds_per_request * num_waiting)
                 raise QueueFullError(
                     f"{num_waiting} requests wait already, as many as may; try again in some seconds", retry_after
@@ -143,6 +150,14 @@ class Admission:
     def served(self, seconds: float) -> None:
         """A request was answered, so long after it got its slot; from this waiting times are estimated."""
         self._seconds_per_request += 0.1 * (seconds / self.num_slots - self._seconds_per_request)
+
+    @property
+    def _num_waiting(self) -> int:
+        return len(self._queue) + len(self._planned_places)
+
+    @property
+    def _num_requests(self) -> int:
+        return len(self._live) + len(self._planned_places)
 
     def _take_back(self, place: Place) -> bool:
         if not self.holds(place):

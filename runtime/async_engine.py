@@ -115,6 +115,11 @@ class AsyncC2CEngine:
         return self._scheduler.num_active
 
     @property
+    def num_requests(self) -> int:
+        """Requests that wait or have a slot, counted at one moment."""
+        return self._scheduler.num_requests
+
+    @property
     def ready(self) -> bool:
         """Whether requests are taken: it is neither closing nor broken."""
         return not (self._closing or self._ended) and self._failure is None

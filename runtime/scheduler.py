@@ -97,7 +97,12 @@ class Scheduler:
     @property
     def num_active(self) -> int:
         """Requests with a slot."""
-        return len(self._prefilling) + len(self._decoding)
+        return self._admission.num_served
+
+    @property
+    def num_requests(self) -> int:
+        """Requests that wait or have a slot, counted at one moment."""
+        return self._admission.num_requests
 
     @property
     def num_free_slots(self) -> int:
@@ -107,7 +112,7 @@ class Scheduler:
     @property
     def has_requests(self) -> bool:
         """Whether any request waits or is served."""
-        return self._admission.has_requests
+        return bool(self._admission.num_requests)
 
     def plan(self, request: Request) -> Plan:
         """What a request's prompt is to every model. Raises `UsageError`."""

@@ -49,7 +49,7 @@ class Service:
         engine, max_waiting = self.engine, self.settings.max_waiting
         if num_answers == 1 or max_waiting is None:
             return
-        num_free = engine.num_slots - engine.num_active + max_waiting - engine.num_waiting
+        num_free = engine.num_slots + max_waiting - engine.num_requests
         if num_answers > num_free:
             for _ in range(num_answers):
                 self.metrics.refused()

@@ -34,16 +34,17 @@ def taken(desk: Admission, request_id: str) -> ActiveRequest:
 def test_a_request_goes_from_its_place_to_the_queue_to_a_slot_to_its_end():
     desk = admission()
     place = desk.reserve(Request(prompt="Hi"))
-    assert (desk.num_waiting, desk.num_queued, desk.has_requests) == (1, 0, True)
+    assert (desk.num_waiting, desk.num_queued, desk.num_served, desk.num_requests) == (1, 0, 0, 1)
     active = planned(place)
     assert desk.enqueue(place, active) == 1
     assert (desk.num_waiting, desk.num_queued, place.active) == (1, 1, active)
     assert desk.take() == (active, 0)
     assert (active.slot, desk.free_slots) == (0, (1,))
+    assert (desk.num_waiting, desk.num_queued, desk.num_served, desk.num_requests) == (0, 0, 1, 1)
     assert desk.find(active.request.request_id) is active
     assert desk.end(active)
     assert not desk.end(active)
-    assert not desk.has_requests
+    assert not desk.num_requests
     desk.free(0)
     assert sorted(desk.free_slots) == [0, 1]
     assert desk.take() is None
@@ -72,7 +73,7 @@ def test_a_place_is_let_go_of_by_its_id():
     assert desk.drop_id("planned")
     assert not desk.drop_id("planned")
     assert not desk.holds(place)
-    assert not desk.has_requests
+    assert not desk.num_requests
     active = taken(desk, "served")
     assert not desk.drop_id("served")
     assert desk.find("served") is active

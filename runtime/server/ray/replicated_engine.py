@@ -76,6 +76,11 @@ class ReplicatedEngine:
         return len(self._calls)
 
     @property
+    def num_requests(self) -> int:
+        """As `num_active`."""
+        return len(self._calls)
+
+    @property
     def num_waiting(self) -> int:
         """Always 0: which requests wait, their replicas know."""
         return 0
