@@ -22,9 +22,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from runtime.slot_state import ATTENTION_BLOCK, FusedRows, Reuse, SlotState, Wide
-
-_SMALLEST_BLOCK = 16
+from runtime.slot_state import ATTENTION_BLOCK, FusedRows, Reuse, SlotState, Wide, takes_one_alone
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ class PrefillWork:
         if isinstance(piece, PrefillSharer) and piece.number in self._wide.sharers:
             return _length_between_blocks(length, max_rows)
         taken = min(length, max(2, max_rows))
-        while length - taken == 1 or (taken % _SMALLEST_BLOCK == 1 and not isinstance(piece, FuseSection)):
+        while length - taken == 1 or (takes_one_alone(taken) and not isinstance(piece, FuseSection)):
             taken -= 1
         return taken
 

@@ -8,9 +8,11 @@ that an answer would depend on what happens to be kept.
 Least recently used prompts go first when a budget of memory is exceeded. Not thread-safe.
 """
 
+from collections.abc import Collection
+
 from runtime.kept_rows import KeptRows
 from runtime.prefill import Prefiller
-from runtime.slot_state import Reuse, SlotState, find_reuse
+from runtime.slot_state import FusedRows, Reuse, SlotState, find_reuse
 
 _WORTHWHILE_ROWS = 8
 """Fewer are computed faster than they are looked for, copied and kept."""
@@ -33,11 +35,13 @@ class PrefixCache:
     def set_aside(self, target: SlotState) -> int:
         """Make room for a copy of a prompt's rows that is made from now on; its bytes, 0 where it is not to be made.
 
-        That is of a short prompt, and of one that has no room beside the other copies that are being made. What was set
-        aside is given back before the copy is added, or when it is given up.
+        That is of a prompt that another can go on from few rows of, and of one that has no room beside the other copies
+        that are being made. What was set aside is given back before the copy is added, or when it is given up.
         """
+        if self._own_reuse(target, target.fused).num_rows < _WORTHWHILE_ROWS:
+            return 0
         num_bytes = self._bytes_of(target)
-        if target.num_rows < _WORTHWHILE_ROWS or num_bytes > self._max_bytes - self._num_set_aside:
+        if num_bytes > self._max_bytes - self._num_set_aside:
             return 0
         self._num_set_aside += num_bytes
         self.num_bytes += num_bytes
@@ -60,9 +64,9 @@ class PrefixCache:
     def find(self, target: SlotState) -> tuple[KeptRows | None, Reuse]:
         """The prompt that saves most, and what of it; None and nothing where none saves anything."""
         wide = self._prefiller.wide
-        best, best_reuse = None, find_reuse(SlotState(), target, wide=wide)
+        best, best_reuse = None, find_reuse(SlotState(), target, wide)
         for kept in self._kept:
-            reuse = find_reuse(kept.state, target, kept.unfused, wide)
+            reuse = find_reuse(kept.state, target, wide, kept.unfused)
             if reuse.num_rows >= _WORTHWHILE_ROWS and _worth(reuse) > _worth(best_reuse):
                 best, best_reuse = kept, reuse
         if best is not None:
@@ -75,10 +79,9 @@ class PrefixCache:
         if kept.num_bytes > self._max_bytes - self._num_set_aside:
             return
         for old in list(self._kept):
-            covered = find_reuse(kept.state, old.state, kept.unfused, self._prefiller.wide)
-            if covered.num_rows >= old.state.num_rows - 1 and dict(covered.sharer_rows) == {
-                number: len(tokens.ids) for number, tokens in old.state.sharers.items()
-            }:
+            covered = find_reuse(kept.state, old.state, self._prefiller.wide, kept.unfused)
+            own = self._own_reuse(old.state, old.unfused)
+            if covered.num_rows >= own.num_rows and covered.sharer_rows == own.sharer_rows:
                 self._remove(old)
         self._kept.append(kept)
         self.num_bytes += kept.num_bytes
@@ -87,6 +90,10 @@ class PrefixCache:
     def _shrink(self) -> None:
         while self.num_bytes > self._max_bytes:
             self._remove(self._kept[0])
+
+    def _own_reuse(self, state: SlotState, unfused: Collection[FusedRows]) -> Reuse:
+        """What a prompt's rows are to the same prompt."""
+        return find_reuse(state, state, self._prefiller.wide, unfused)
 
     def _remove(self, kept: KeptRows) -> None:
         self._kept.remove(kept)

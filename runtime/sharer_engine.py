@@ -36,7 +36,7 @@ class SharerEngine:
         """`number` is the sharer's, `names` are those of the caches that its fuser reads."""
         self.number = number
         self._sharer = sharer
-        self._wide = Wide(sharers=frozenset({number} if sharer.has_wide_heads else ()))
+        self._wide = Wide(sharers={number: sharer.wide_head_size} if sharer.wide_head_size else {})
         self._names = tuple(names)
         # The least recently used slot first.
         self._held: dict[int, ModelTokens] = dict.fromkeys(range(sharer.pool.num_slots), NO_TOKENS)
@@ -116,4 +116,4 @@ class SharerEngine:
         return slot, start
 
     def _reusable_rows(self, held: ModelTokens, tokens: ModelTokens) -> int:
-        return reusable_sharer_rows(held, tokens, wide=bool(self._wide.sharers))
+        return reusable_sharer_rows(held, tokens, self._sharer.wide_head_size)

@@ -256,7 +256,7 @@ def test_rows_from_before_any_fuser_are_kept_on_the_device_before_the_first_fuse
 def test_rows_that_are_put_back_are_written_before_a_fuser_reads_them(name: str, recorded: Recorded):
     prefiller = recorded.prefiller
     plan = recorded.plan(CHAT, (), tuple(recorded.numbers))
-    reuse = find_reuse(SlotState(), prefiller.target(plan))
+    reuse = find_reuse(SlotState(), prefiller.target(plan), prefiller.wide)
     first = Prefill(prefiller, 0, plan, reuse, keep_rows=True)
     while not first.done:
         first.advance()
@@ -267,7 +267,7 @@ def test_rows_that_are_put_back_are_written_before_a_fuser_reads_them(name: str,
     kept = keeper.kept_rows()
 
     fewer = recorded.plan(CHAT, (), (0,))  # all of the sharer's rows are there, and every section is fused anew
-    reuse = find_reuse(kept.state, prefiller.target(fewer), kept.unfused)
+    reuse = find_reuse(kept.state, prefiller.target(fewer), prefiller.wide, kept.unfused)
     recorded.log.entries.clear()
     again = Prefill(prefiller, 0, fewer, reuse, begun_with=kept)
     while not again.done:
