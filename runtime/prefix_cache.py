@@ -32,13 +32,15 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def set_aside(self, target: SlotState) -> int:
+    def set_aside(self, target: SlotState, reuse: Reuse) -> int:
         """Make room for a copy of a prompt's rows that is made from now on; its bytes, 0 where it is not to be made.
 
-        That is of a prompt that another can go on from few rows of, and of one that has no room beside the other copies
-        that are being made. What was set aside is given back before the copy is added, or when it is given up.
+        That is where the prompt itself could go on from few of its rows, or from no more than the `reuse` that `find`
+        gave; and where there is no room beside the other copies that are being made. What was set aside is given back
+        before the copy is added, or when it is given up.
         """
-        if self._own_reuse(target, target.fused).num_rows < _WORTHWHILE_ROWS:
+        own = self._own_reuse(target, target.fused)
+        if own.num_rows < _WORTHWHILE_ROWS or own.num_rows <= reuse.num_rows:
             return 0
         num_bytes = self._bytes_of(target)
         if num_bytes > self._max_bytes - self._num_set_aside:

@@ -233,7 +233,7 @@ class Scheduler:
         target = prefiller.target(active.plan)
         kept, reuse = self.prefix_cache.find(target)
         active.num_reused_tokens = reuse.num_rows
-        keep_rows = reuse.num_rows < target.num_rows - 1 and self._keeping.set_aside(active.slot, target)
+        keep_rows = self._keeping.set_aside(active.slot, target, reuse)
         active.prefill = Prefill(
             prefiller,
             active.slot,

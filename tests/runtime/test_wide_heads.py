@@ -145,13 +145,15 @@ def serve(prefiller: Prefiller, cache: PrefixCache, plan: Plan) -> int:
     """Prefill a prompt in slot 0 and keep its rows, as a scheduler does; how many were there."""
     target = prefiller.target(plan)
     kept, reuse = cache.find(target)
-    prefill = Prefill(prefiller, 0, plan, reuse, begun_with=kept, keep_rows=cache.worth_keeping(target))
+    num_bytes = cache.set_aside(target, reuse)
+    prefill = Prefill(prefiller, 0, plan, reuse, begun_with=kept, keep_rows=bool(num_bytes))
     while not prefill.done:
         prefill.advance()
     keeper = prefill.row_keeper()
     if keeper is not None:
         while not keeper.done:
             keeper.advance(1000)
+        cache.give_back(num_bytes)
         cache.add(keeper.kept_rows())
     return reuse.num_rows
 
@@ -162,12 +164,15 @@ def test_the_same_prompt_again_is_reused_and_kept_once_or_not_at_all(num_rows: i
     """It was kept every time, with rows that were never used, until no other prompt had room."""
     cache = PrefixCache(prefiller, 2**30)
     plan = plan_of(np.arange(num_rows) % VOCAB, [(0, 60)] if fused else [])
-    first, *others = [serve(prefiller, cache, plan) for _ in range(4)]
+    first = serve(prefiller, cache, plan)
+    kept = list(cache._kept)
+    others = [serve(prefiller, cache, plan) for _ in range(3)]
     assert not first
     # A last token that may be a block of attention by itself is not reused, nor are those of its run.
     alone = (num_rows - 60 * fused) % 16 == 1
     assert others == [60 * fused if alone else num_rows - 2] * 3
-    assert len(cache) == (not alone or fused)
+    assert len(kept) == (not alone or fused)
+    assert cache._kept == kept, "copied once"
 
 
 def test_rows_of_generated_tokens_are_computed_again(prefiller: Prefiller):
