@@ -83,7 +83,7 @@ class SharerEngine:
         return cls(number, sharer, [name for name in read if name in sharer.pool.names])
 
     def prefill(self, tokens: ModelTokens) -> SharerRows:
-        """The rows of `tokens`, copies in the caches' own dtype.
+        """The rows of `tokens`, copies of what lies in memory.
 
         Raises `UsageError` where they are none, or more than the capacity, and `C2CError` where an id is not one of the
         model's, or the engine fails.
