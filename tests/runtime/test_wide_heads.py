@@ -172,7 +172,7 @@ def test_the_same_prompt_again_is_reused_and_kept_once_or_not_at_all(num_rows: i
     alone = (num_rows - 60 * fused) % 16 == 1
     assert others == [60 * fused if alone else num_rows - 2] * 3
     assert len(kept) == (not alone or fused)
-    assert cache._kept == kept, "copied once"
+    assert list(cache._kept) == kept, "copied once"
 
 
 def test_rows_of_generated_tokens_are_computed_again(prefiller: Prefiller):
