@@ -89,8 +89,7 @@ class Prefiller:
     def is_finite(self, slot: int, state: SlotState) -> bool:
         """Whether all rows of a slot that holds `state` are: the last one is not where one before it is not."""
         pool, stop = self.receiver.pool, state.num_rows
-        last = pool.take_rows(pool.names, slot, max(0, stop - 1), stop)
-        return all(np.isfinite(rows).all() for rows in last.values())
+        return all(np.isfinite(pool.read_rows(name, slot, max(0, stop - 1), stop)).all() for name in pool.names)
 
 
 class Prefill:

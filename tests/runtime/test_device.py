@@ -362,6 +362,14 @@ def test_bfloat16_rows_are_kept_in_their_own_16_bits():
         pool.put_rows(0, 0, {"key.0": np.zeros((1, 1, 3), dtype=np.float32)})
 
 
+@pytest.mark.parametrize(("last", "finite"), [(0x3F80, True), (0x7FC1, False), (0xFF80, False)])
+def test_bfloat16_rows_that_are_not_finite_are_noticed(last: int, finite: bool):
+    decoder = Decoder(Bfloat16Engine(), 1, 8)
+    decoder.pool.put_rows(0, 3, {"key.0": np.array([[[0x3F80, last, 0x3F80]]], dtype=np.uint16)})
+    state = SlotState(ModelTokens(np.arange(4), np.arange(4)))
+    assert Prefiller(decoder, {}, {}).is_finite(0, state) == finite
+
+
 def test_rows_are_copied_between_buffers_of_one_dtype_that_hold_them():
     device = CpuDevice()
     source = device.allocate((2, 3, 4, 2), "float32")
