@@ -116,9 +116,12 @@ class Wide:
 ATTENTION_BLOCK = 128
 """Rows that ONNX Runtime's attention takes at once where heads are wider than 128, or a divisor or multiple of it.
 
-A sum over a wide head is cut into pieces, which are longer where a block has few rows (`_length_of_pieces`). Blocks
-begin at multiples of this, wherever a call begins; so the rows in blocks that are full do not depend on what follows.
+A sum over a wide head is cut in two where a block has more than half as many rows, and is not where it has fewer.
+Blocks begin at multiples of this, wherever a call begins; so the rows in blocks that are full do not depend on what
+follows.
 """
+_CUT_IN_TWO = 256
+"""Sums over wider heads are cut into more pieces, by other numbers of rows."""
 
 _SMALLEST_BLOCK = 16
 """What the number of a call's tokens that are taken at once is a multiple of. A last one by itself rounds otherwise."""
@@ -204,17 +207,14 @@ def _rows_computed_alike(rows: int, first: int, stop: int, other_stop: int, head
         if takes_one_alone(end - first):
             rows = min(rows, end - 1)
     start = rows - rows % ATTENTION_BLOCK
-    if _length_of_pieces(stop - start, head_size) == _length_of_pieces(other_stop - start, head_size):
+    if _cut_alike(stop - start, other_stop - start, head_size):
         return rows
     return max(first, start)
 
 
-def _length_of_pieces(num_rows: int, head_size: int) -> int:
-    """How many products make a piece of a sum over a head, in a block that has `num_rows` rows, or is full by them."""
-    length = room = ATTENTION_BLOCK
-    while length < head_size and num_rows <= room // 2:
-        length, room = 2 * length, room // 2
-    return min(length, head_size)
+def _cut_alike(num_rows: int, other: int, head_size: int) -> bool:
+    """Whether sums over a head are cut alike in blocks that would have so many rows, were they never full."""
+    return head_size <= _CUT_IN_TWO and (num_rows > ATTENTION_BLOCK // 2) == (other > ATTENTION_BLOCK // 2)
 
 
 def takes_one_alone(num_tokens: int) -> bool:
