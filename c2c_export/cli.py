@@ -495,7 +495,11 @@ def serve(
         int, typer.Option(help="Requests that may wait for a slot; further ones are answered with 429.")
     ] = 64,
     max_stall: Annotated[
-        float, typer.Option(help="Seconds that answers may pause for another request's prompt.")
+        float,
+        typer.Option(
+            help="Seconds that answers may pause for another request's prompt; not kept where the receiver's heads are "
+            "wider than 128."
+        ),
     ] = 0.2,
     prefix_cache: Annotated[
         int, typer.Option(help="MiB of memory for what prompts have in common with former ones; 0 is none.", min=0)

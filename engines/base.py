@@ -51,7 +51,8 @@ class Buffer(ABC):
     """Memory on a device, of one dtype and shape, zeroed when allocated, freed when no longer referenced.
 
     Host arrays have the buffer's dtype, except that "bfloat16" is read as float32 (exactly) and written from float32
-    (rounded to nearest even), since numpy has no such type.
+    (rounded to nearest even), since numpy has no such type. Copies that are only kept for later have the dtype of
+    `storage_dtype`, and every bit.
     """
 
     shape: tuple[int, ...]
@@ -64,13 +65,21 @@ class Buffer(ABC):
         `shape` may hold fewer elements than the part does; it then covers the first of them.
         """
 
-    @abstractmethod
     def read(self, *index: int | slice) -> Array:
         """A copy on the host of the part at `index`; waits for all that was queued before it."""
+        return loaded(self.read_stored(*index), self.dtype)
 
-    @abstractmethod
     def write(self, value: Array, *index: int | slice) -> None:
         """Queue a copy of a host array of the same shape into the part at `index`; `value` may change afterwards."""
+        self.write_stored(stored(value, self.dtype), *index)
+
+    @abstractmethod
+    def read_stored(self, *index: int | slice) -> Array:
+        """As `read`, as the elements lie in memory: bfloat16 as its 16 bits."""
+
+    @abstractmethod
+    def write_stored(self, value: Array, *index: int | slice) -> None:
+        """As `write`, of elements as they lie in memory. Raises `ValueError` for another dtype than `storage_dtype`."""
 
     @abstractmethod
     def copy_from(self, source: "Buffer", *index: int | slice) -> None:
@@ -176,6 +185,12 @@ def misaligned(what: str, alignment: int) -> str:
 def storage_dtype(dtype: str) -> np.dtype[np.generic]:
     """The numpy dtype of a buffer's elements in memory: bfloat16 is stored as its 16 bits, uint16."""
     return np.dtype("uint16" if dtype == BFLOAT16 else dtype)
+
+
+def check_stored(value: Array, dtype: str) -> None:
+    """Raise `ValueError` unless the elements of `value` are those that a buffer of `dtype` stores."""
+    if value.dtype != storage_dtype(dtype):
+        raise ValueError(f"an array of {value.dtype} for a {dtype} buffer, which stores {storage_dtype(dtype)}")
 
 
 def stored(value: Array, dtype: str) -> Array:

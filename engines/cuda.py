@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from c2c_export.errors import C2CError
-from engines.base import Array, Buffer, Device, Event, View, loaded, storage_dtype, stored
+from engines.base import Array, Buffer, Device, Event, View, check_stored, storage_dtype
 from engines.regions import Region, region_of
 
 # Imported by name: the package has no type information, and is installed only where there is a GPU to use.
@@ -191,18 +191,19 @@ class CudaBuffer(Buffer):
             raise ValueError(f"a view of shape {shape} is larger than the buffer's part of shape {region.shape}")
         return View(self.pointer + region.offset, shape, self.dtype, "cuda")
 
-    def read(self, *index: int | slice) -> Array:
-        """See `Buffer.read`."""
+    def read_stored(self, *index: int | slice) -> Array:
+        """See `Buffer.read_stored`."""
         region = self._region(index)
         host: Array = np.empty(region.shape, dtype=self._item)
         self._copy(host.ctypes.data, region.width, self.pointer + region.offset, region.pitch, region, "DeviceToHost")
         self._device.synchronize()
-        return loaded(host, self.dtype)
+        return host
 
-    def write(self, value: Array, *index: int | slice) -> None:
-        """See `Buffer.write`."""
+    def write_stored(self, value: Array, *index: int | slice) -> None:
+        """See `Buffer.write_stored`."""
+        check_stored(value, self.dtype)
         region = self._region(index)
-        host = np.array(stored(value, self.dtype), order="C")
+        host = np.array(value, order="C")
         if host.shape != region.shape:
             raise ValueError(f"an array of shape {host.shape} for a part of shape {region.shape}")
         self._device.let_go_of_done()

@@ -75,14 +75,17 @@ class KVCachePool:
     def take_rows(self, names: Iterable[str], slot: int, start: int, stop: int) -> dict[str, Array]:
         """Host copies of the rows [start, stop) of a slot in these caches, [H, stop - start, D] each.
 
-        In the caches' own dtype, so that `put_rows` gives the same bits.
+        As they lie in memory (bfloat16 as its 16 bits), so that `put_rows` gives the same bits.
         """
-        return {name: self._buffers[name].read(slot, slice(None), slice(start, stop)) for name in names}
+        return {name: self._buffers[name].read_stored(slot, slice(None), slice(start, stop)) for name in names}
 
     def put_rows(self, slot: int, start: int, rows: Mapping[str, Array]) -> None:
-        """Write rows, [H, n, D] for each cache named, into the rows of a slot from `start` on."""
+        """Write rows that `take_rows` gave, [H, n, D] for each cache named, into the rows of a slot from `start` on.
+
+        Raises `ValueError` for rows of an engine with another dtype.
+        """
         for name, values in rows.items():
-            self._buffers[name].write(values, slot, slice(None), slice(start, start + values.shape[1]))
+            self._buffers[name].write_stored(values, slot, slice(None), slice(start, start + values.shape[1]))
 
     def copy_rows(self, name: str, slot: int, start: int, stop: int, into: Buffer) -> None:
         """Copy the rows [start, stop) of one cache's slot, [H, stop - start, D], to the beginning of `into`."""

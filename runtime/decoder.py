@@ -132,10 +132,11 @@ class Decoder:
         self._engine.run(self._shared_steps[slots])
 
     @property
-    def has_wide_heads(self) -> bool:
-        """Whether heads are wider than 128; see `runtime.slot_state.ATTENTION_BLOCK`."""
+    def wide_head_size(self) -> int:
+        """The size of heads that are wider than 128, else 0; see `runtime.slot_state.ATTENTION_BLOCK`."""
         sizes = [int(spec.shape[3]) for spec in self._engine.inputs if spec.name.startswith("past_")]
-        return max(sizes, default=0) > _WIDE
+        widest = max(sizes, default=0)
+        return widest if widest > _WIDE else 0
 
     def clear_rows(self, slot: int, num_rows: int) -> None:
         """Write zeros into the first rows of a slot: even a masked row of NaN makes others NaN in some engines."""

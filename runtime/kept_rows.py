@@ -10,7 +10,7 @@ from runtime.prompt import ModelTokens
 from runtime.slot_state import FusedRows, SlotState
 
 CacheRows = Mapping[str, NDArray[Any]]
-"""By name of a cache ("key.<layer>", "value.<layer>"): the rows of n tokens, [H, n, D]."""
+"""By name of a cache ("key.<layer>", "value.<layer>"): the rows of n tokens, [H, n, D], as they lie in memory."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,8 +54,8 @@ class Prefiller:
         self.sharers = sharers
         self.fusers = fusers
         self.wide = Wide(
-            receiver.has_wide_heads,
-            frozenset(number for number, sharer in sharers.items() if sharer.has_wide_heads),
+            receiver.wide_head_size,
+            {number: sharer.wide_head_size for number, sharer in sharers.items() if sharer.wide_head_size},
         )
         """Which models' rows depend on the blocks that they are computed in."""
 
@@ -69,7 +69,7 @@ class Prefiller:
         Returns the prefill, done. If it raises, the slot's rows are neither those of `state` nor those of `plan`.
         """
         target = self.target(plan)
-        prefill = Prefill(self, slot, plan, find_reuse(state, target))
+        prefill = Prefill(self, slot, plan, find_reuse(state, target, self.wide))
         try:
             while not prefill.done:
                 prefill.advance()
@@ -77,7 +77,7 @@ class Prefiller:
             prefill.clear()
             raise
         state.receiver, state.sharers = target.receiver, target.sharers
-        state.fused, state.closing = target.fused, target.closing
+        state.fused, state.closing, state.num_generated = target.fused, target.closing, 0
         return prefill
 
     def clear(self, slot: int, state: SlotState) -> None:
@@ -89,8 +89,7 @@ class Prefiller:
     def is_finite(self, slot: int, state: SlotState) -> bool:
         """Whether all rows of a slot that holds `state` are: the last one is not where one before it is not."""
         pool, stop = self.receiver.pool, state.num_rows
-        last = pool.take_rows(pool.names, slot, max(0, stop - 1), stop)
-        return all(np.isfinite(rows).all() for rows in last.values())
+        return all(np.isfinite(pool.read_rows(name, slot, max(0, stop - 1), stop)).all() for name in pool.names)
 
 
 class Prefill:

@@ -12,7 +12,8 @@ Results do not depend on where a run of tokens is cut, but for what ONNX Runtime
 - Tokens are taken by blocks (of twice the head size, which is a multiple of 8), and a block of one by that path too. So
   no call of a decoder has one token more than a multiple of 16.
 - Where heads are wider than 128, sums are cut by the number of rows in the last block (`ATTENTION_BLOCK`). So such a
-  sharer is cut between blocks, and such a receiver not at all, whatever a scheduler would like.
+  sharer is cut between blocks, and such a receiver not at all, whatever a scheduler would like; `find_reuse` sees to it
+  that the call in which such a run goes on has no last block of one token that the whole run has not.
 
 Models whose heads are no multiple of 8 keep the portable `Attention` (`engines.ort`): there sums over a row depend on
 the number of rows in use, by float32's rounding.
@@ -22,9 +23,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from runtime.slot_state import ATTENTION_BLOCK, FusedRows, Reuse, SlotState, Wide
-
-_SMALLEST_BLOCK = 16
+from runtime.slot_state import ATTENTION_BLOCK, FusedRows, Reuse, SlotState, Wide, takes_one_alone
 
 
 @dataclass(frozen=True)
@@ -171,7 +170,7 @@ class PrefillWork:
         if isinstance(piece, PrefillSharer) and piece.number in self._wide.sharers:
             return _length_between_blocks(length, max_rows)
         taken = min(length, max(2, max_rows))
-        while length - taken == 1 or (taken % _SMALLEST_BLOCK == 1 and not isinstance(piece, FuseSection)):
+        while length - taken == 1 or (takes_one_alone(taken) and not isinstance(piece, FuseSection)):
             taken -= 1
         return taken
 

@@ -11,7 +11,7 @@ import logging
 from runtime.prefill import Prefill
 from runtime.prefix_cache import PrefixCache
 from runtime.row_keeper import RowKeeper
-from runtime.slot_state import SlotState
+from runtime.slot_state import Reuse, SlotState
 
 _log = logging.getLogger(__name__)
 
@@ -36,9 +36,9 @@ class RowKeeping:
         """Slots without a request that are not free yet, each with its first row that may be written over."""
         return dict(self._left)
 
-    def set_aside(self, slot: int, target: SlotState) -> bool:
-        """Make room for the copy of a slot's prompt; whether it is to be kept."""
-        num_bytes = self._cache.set_aside(target)
+    def set_aside(self, slot: int, target: SlotState, reuse: Reuse) -> bool:
+        """Make room for the copy of a slot's prompt, which goes on from `reuse`; whether it is to be kept."""
+        num_bytes = self._cache.set_aside(target, reuse)
         if num_bytes:
             self._set_aside[slot] = num_bytes
         return bool(num_bytes)

@@ -51,7 +51,10 @@ class SchedulerOptions:
     max_waiting: int = 64
     """Requests that may wait for a slot."""
     max_stall: float = 0.2
-    """Seconds of prefilling between two decode steps, if the machine computes two rows in that time."""
+    """Seconds of prefilling between two decode steps, if the machine computes two rows in that time.
+
+    Receivers with heads wider than 128 take longer: each section of a prompt is one piece (`runtime.prefill_work`).
+    """
     aging_seconds: float = 10.0
     """Seconds of waiting that count as much as one level of priority."""
     prefix_cache_bytes: int = 512 * 2**20
@@ -238,7 +241,7 @@ class Scheduler:
         target = prefiller.target(active.plan)
         kept, reuse = self.prefix_cache.find(target)
         active.num_reused_tokens = reuse.num_rows
-        keep_rows = reuse.num_rows < target.num_rows - 1 and self._keeping.set_aside(active.slot, target)
+        keep_rows = self._keeping.set_aside(active.slot, target, reuse)
         active.prefill = Prefill(
             prefiller,
             active.slot,

@@ -36,7 +36,7 @@ class SharerEngine:
         """`number` is the sharer's, `names` are those of the caches that its fuser reads."""
         self.number = number
         self._sharer = sharer
-        self._wide = Wide(sharers=frozenset({number} if sharer.has_wide_heads else ()))
+        self._wide = Wide(sharers={number: sharer.wide_head_size} if sharer.wide_head_size else {})
         self._names = tuple(names)
         # The least recently used slot first.
         self._held: dict[int, ModelTokens] = dict.fromkeys(range(sharer.pool.num_slots), NO_TOKENS)
@@ -83,7 +83,7 @@ class SharerEngine:
         return cls(number, sharer, [name for name in read if name in sharer.pool.names])
 
     def prefill(self, tokens: ModelTokens) -> SharerRows:
-        """The rows of `tokens`, copies in the caches' own dtype.
+        """The rows of `tokens`, copies of what lies in memory.
 
         Raises `UsageError` where they are none, or more than the capacity, and `C2CError` where an id is not one of the
         model's, or the engine fails.
@@ -116,4 +116,4 @@ class SharerEngine:
         return slot, start
 
     def _reusable_rows(self, held: ModelTokens, tokens: ModelTokens) -> int:
-        return reusable_sharer_rows(held, tokens, wide=bool(self._wide.sharers))
+        return reusable_sharer_rows(held, tokens, self._sharer.wide_head_size)

@@ -38,6 +38,7 @@ from c2c_export.errors import C2CError, UsageError
 from engines.lowering import lower
 from engines.precision import DTYPES
 from runtime import C2CPipeline
+from runtime.logprobs import log_probabilities
 
 NUM_TOKENS = 32
 QUANTISED = ("int8", "int4")
@@ -338,8 +339,8 @@ def distance_between(expected: Sequence[Answer], found: Sequence[Answer]) -> Dis
     logits = np.stack([answer.logits for answer in expected]), np.stack([answer.logits for answer in found])
     tokens = np.array([answer.token_ids for answer in expected]) == np.array([answer.token_ids for answer in found])
     cache_error, logits_error = (np.abs(after - before) for before, after in (caches, logits))
-    log_probabilities = [_log_softmax(values) for values in logits]
-    divergence = (np.exp(log_probabilities[0]) * (log_probabilities[0] - log_probabilities[1])).sum(axis=-1)
+    wanted, got = (np.stack([log_probabilities(row) for row in values]) for values in logits)
+    divergence = (np.exp(wanted) * (wanted - got)).sum(axis=-1)
     ranks = [np.argsort(-values, axis=-1)[:, :5] for values in logits]
     shared = [
         len(set(before) & set(after)) / 5 for before, after in zip(*(rank.tolist() for rank in ranks), strict=True)
@@ -366,35 +367,24 @@ def share_correct(pipe: C2CPipeline, questions: Sequence[Question]) -> dict[str,
         right = 0
         for question in questions:
             with pipe.prefill(question.question, fuse=fuse) as session:
-                position, row = session.plan.num_positions, len(session.position_ids)
-                scores = [_score(pipe, session.logits, choice, position, row) for choice in question.choices]
+                try:
+                    scores = [session.score(_reply_ids(pipe, choice)).log_likelihood for choice in question.choices]
+                except C2CError:  # logits that are not finite choose nothing
+                    continue
             right += int(np.argmax(scores)) == question.answer
         share[name] = right / len(questions)
     return share
 
 
-def _score(pipe: C2CPipeline, logits: FloatArray, choice: str, position: int, row: int) -> float:
-    """The log-probability of `choice` and the end of the turn, in the pipeline's only slot, from `row` on."""
+def _reply_ids(pipe: C2CPipeline, choice: str) -> list[int]:
+    """The tokens of `choice` and the end of the turn."""
     end = pipe.tokenizer.token_to_id(_END_OF_TURN)
     assert end is not None, f"the receiver's tokenizer has no {_END_OF_TURN}"
-    ids = [*pipe.tokenizer.encode(choice, add_special_tokens=False).ids, end]
-    score = 0.0
-    for index, token_id in enumerate(ids):
-        score += float(_log_softmax(logits)[token_id])
-        if token_id != end:
-            pipe.receiver.run(0, [token_id], [position + index], row + index)
-            logits = pipe.receiver.logits()
-    return score
+    return [*pipe.tokenizer.encode(choice, add_special_tokens=False).ids, end]
 
 
 def _joined(answers: Iterable[Answer]) -> FloatArray:
     return np.concatenate([cache.ravel() for answer in answers for cache in answer.caches])
-
-
-def _log_softmax(logits: FloatArray) -> FloatArray:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    result: FloatArray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
 
 
 def _with_engine(bundle: Bundle, folder: Path, precision: str) -> Bundle:

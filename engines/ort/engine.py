@@ -19,7 +19,7 @@ import onnxruntime as ort
 
 from c2c_export.bundle import TensorSpec
 from c2c_export.errors import C2CError, reason_of
-from engines.base import BFLOAT16, Array, Binding, Buffer, Device, Engine, Event, View, loaded, storage_dtype, stored
+from engines.base import BFLOAT16, Array, Binding, Buffer, Device, Engine, Event, View, check_stored, storage_dtype
 from engines.cores import session_threads
 from engines.ort.mapped_weights import let_go_of_mapped_weights
 
@@ -54,13 +54,14 @@ class CpuBuffer(Buffer):
             raise ValueError(f"a view of shape {shape} is larger than the buffer's part of shape {part.shape}")
         return View(part.ctypes.data, shape, self.dtype, "cpu")
 
-    def read(self, *index: int | slice) -> Array:
-        """See `Buffer.read`."""
-        return loaded(self.array[index].copy(), self.dtype)
+    def read_stored(self, *index: int | slice) -> Array:
+        """See `Buffer.read_stored`."""
+        return self.array[index].copy()
 
-    def write(self, value: Array, *index: int | slice) -> None:
-        """See `Buffer.write`."""
-        self.array[index] = stored(value, self.dtype)
+    def write_stored(self, value: Array, *index: int | slice) -> None:
+        """See `Buffer.write_stored`."""
+        check_stored(value, self.dtype)
+        self.array[index] = value
 
     def copy_from(self, source: Buffer, *index: int | slice) -> None:
         """See `Buffer.copy_from`."""

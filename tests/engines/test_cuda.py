@@ -13,6 +13,7 @@ from fake_cudart import FakeCudart
 
 import engines.cuda
 from c2c_export.errors import C2CError
+from engines.base import storage_dtype
 from engines.cuda import CudaDevice, CudaEvent, call
 from engines.ort.engine import CpuDevice
 
@@ -55,6 +56,12 @@ def test_reads_writes_and_copies_are_those_of_a_buffer_on_the_cpu(
     found, expected = gpu.read(), cpu.read()
     assert found.dtype == expected.dtype
     np.testing.assert_array_equal(found, expected)
+    bits = gpu.read_stored(*index)
+    assert bits.dtype == storage_dtype(dtype)
+    np.testing.assert_array_equal(bits, cpu.read_stored(*index))
+    gpu.write(np.zeros(bits.shape, dtype=np.float32), *index)
+    gpu.write_stored(bits, *index)
+    np.testing.assert_array_equal(gpu.read(), expected)
     np.testing.assert_array_equal(gpu.read(*index), cpu.read(*index))
     copies = [device.allocate((50,), dtype) for device in (CudaDevice(), CpuDevice())]
     for copy, source in zip(copies, (gpu, cpu), strict=True):
@@ -88,6 +95,8 @@ def test_what_does_not_fit_is_refused(cuda: FakeCudart):
     buffer = device.allocate((2, 3), "float32")
     with pytest.raises(ValueError, match=r"shape \(2,\) for a part of shape \(3,\)"):
         buffer.write(numbered(2), 0)
+    with pytest.raises(ValueError, match="an array of float32 for a bfloat16 buffer, which stores uint16"):
+        device.allocate((3,), "bfloat16").write_stored(numbered(3), slice(None))
     with pytest.raises(ValueError, match="does not fit"):
         device.allocate((5,), "float32").copy_from(buffer)
     with pytest.raises(ValueError, match="float32 into a float16"):

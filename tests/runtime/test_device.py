@@ -14,14 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from c2c_export.bundle import Bundle
+from c2c_export.bundle import Bundle, TensorSpec
 from engines.base import Array, Binding, Buffer, Engine, Event, View, loaded, stored
 from engines.ort.engine import CpuBuffer, CpuDevice, OrtCpuEngine
 from runtime import C2CPipeline, Message
+from runtime.cache import KVCachePool
 from runtime.decoder import Decoder
 from runtime.fuser import Fuser
 from runtime.prefill import Prefill, Prefiller
-from runtime.prompt import Plan
+from runtime.prompt import ModelTokens, Plan
+from runtime.row_keeper import RowKeeper
 from runtime.slot_state import SlotState, find_reuse
 
 UNALIGNED, ALIGNED = "qwen3_from_qwen2", "llama_from_gemma3_aligned"
@@ -63,13 +65,13 @@ class RecordingBuffer(CpuBuffer):
         super().__init__(shape, dtype)
         self._owner = device
 
-    def read(self, *index: int | slice) -> Array:
+    def read_stored(self, *index: int | slice) -> Array:
         self._owner.note("read")
-        return super().read(*index)
+        return super().read_stored(*index)
 
-    def write(self, value: Array, *index: int | slice) -> None:
+    def write_stored(self, value: Array, *index: int | slice) -> None:
         self._owner.note("write")
-        super().write(value, *index)
+        super().write_stored(value, *index)
 
     def copy_from(self, source: Buffer, *index: int | slice) -> None:
         self._owner.note("copy")
@@ -256,7 +258,7 @@ def test_rows_from_before_any_fuser_are_kept_on_the_device_before_the_first_fuse
 def test_rows_that_are_put_back_are_written_before_a_fuser_reads_them(name: str, recorded: Recorded):
     prefiller = recorded.prefiller
     plan = recorded.plan(CHAT, (), tuple(recorded.numbers))
-    reuse = find_reuse(SlotState(), prefiller.target(plan))
+    reuse = find_reuse(SlotState(), prefiller.target(plan), prefiller.wide)
     first = Prefill(prefiller, 0, plan, reuse, keep_rows=True)
     while not first.done:
         first.advance()
@@ -267,7 +269,7 @@ def test_rows_that_are_put_back_are_written_before_a_fuser_reads_them(name: str,
     kept = keeper.kept_rows()
 
     fewer = recorded.plan(CHAT, (), (0,))  # all of the sharer's rows are there, and every section is fused anew
-    reuse = find_reuse(kept.state, prefiller.target(fewer), kept.unfused)
+    reuse = find_reuse(kept.state, prefiller.target(fewer), prefiller.wide, kept.unfused)
     recorded.log.entries.clear()
     again = Prefill(prefiller, 0, fewer, reuse, begun_with=kept)
     while not again.done:
@@ -327,6 +329,45 @@ def test_a_bfloat16_buffer_takes_two_bytes_and_is_read_as_float32():
     assert buffer.read().tolist() == [[0, 0, 0], [1.0, -2.5, 3.140625]]
     assert buffer.view(1).pointer - buffer.view(0).pointer == 6
     assert buffer.view().dtype == "bfloat16"
+
+
+class Bfloat16Engine(Engine):
+    """Of one cache in bfloat16, for one head of three numbers and eight rows; never run."""
+
+    inputs = (TensorSpec(name="past_key.0", dtype="bfloat16", shape=("batch", 1, 8, 3)),)
+    outputs = ()
+    device = CpuDevice()
+
+    def run(self, binding: Binding) -> None:
+        raise AssertionError
+
+    def _bind(self, views: Mapping[str, View]) -> Binding:
+        raise AssertionError
+
+
+def test_bfloat16_rows_are_kept_in_their_own_16_bits():
+    """They were kept as float32, in twice the memory that had been reckoned with."""
+    pool = KVCachePool(Bfloat16Engine(), 2)
+    bits = np.array([[[0x3F80, 0xC020, 0x7FC1], [0, 0x8000, 0xFF80]]], dtype=np.uint16)  # NaN's, zero's, infinity's too
+    pool.put_rows(0, 2, {"key.0": bits})
+    keeper = RowKeeper(0, SlotState(ModelTokens(np.arange(4), np.arange(4))), pool, {}, {})
+    while not keeper.done:
+        keeper.advance(1)
+    kept = keeper.kept_rows()
+    assert kept.num_bytes == 4 * pool.row_bytes == 24
+    pool.put_rows(1, 0, kept.receiver)
+    np.testing.assert_array_equal(pool.take_rows(["key.0"], 1, 2, 4)["key.0"], bits)
+    assert pool.read_rows("key.0", 1, 2, 3).tolist()[0][0][:2] == [1.0, -2.5]
+    with pytest.raises(ValueError, match="float32 for a bfloat16 buffer"):
+        pool.put_rows(0, 0, {"key.0": np.zeros((1, 1, 3), dtype=np.float32)})
+
+
+@pytest.mark.parametrize(("last", "finite"), [(0x3F80, True), (0x7FC1, False), (0xFF80, False)])
+def test_bfloat16_rows_that_are_not_finite_are_noticed(last: int, finite: bool):
+    decoder = Decoder(Bfloat16Engine(), 1, 8)
+    decoder.pool.put_rows(0, 3, {"key.0": np.array([[[0x3F80, last, 0x3F80]]], dtype=np.uint16)})
+    state = SlotState(ModelTokens(np.arange(4), np.arange(4)))
+    assert Prefiller(decoder, {}, {}).is_finite(0, state) == finite
 
 
 def test_rows_are_copied_between_buffers_of_one_dtype_that_hold_them():

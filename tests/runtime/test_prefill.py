@@ -181,15 +181,16 @@ def test_a_further_turn_of_the_receiver_alone_computes_the_new_rows_only(name: s
 
 
 @every_kind
-def test_generated_rows_are_kept_where_the_next_prompt_has_the_same_tokens_unfused(name: str, counted: Counted):
+def test_generated_rows_are_computed_again_as_a_prompt_rounds_otherwise(name: str, counted: Counted):
     ids = [5, 77, 300, 12, 511, 8]
     first, second = counted.plan(None, ids, ()), counted.plan(None, [*ids, 40, 41, 42, 7], ())
     counted.run(first)
     for index, token in enumerate((40, 41)):
         counted.receiver.run(0, [token], [len(ids) + index], len(ids) + index)
         counted.state.append(token, len(ids) + index)
-    assert counted.run(second)["receiver"] == [2]
+    assert counted.run(second)["receiver"] == [4]
     counted.assert_holds(second)
+    assert counted.run(counted.plan(None, [*second.receiver.ids.tolist(), 9, 10], ()))["receiver"] == [2]
 
 
 @every_kind

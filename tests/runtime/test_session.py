@@ -33,15 +33,18 @@ def assistant(text: str) -> dict[str, str]:
 
 
 def assert_equals_fresh(session: Session, pipe: C2CPipeline, prompt: Any, **options: Any) -> None:
-    """`session` holds what a fresh one over `prompt` holds, and goes on alike (which changes it)."""
+    """`session` holds what a fresh one over `prompt` holds, bit for bit, and goes on alike (which changes it)."""
+    # Heads that are no multiple of 8 keep the portable Attention, whose sums round by the number of rows in use.
+    models = [pipe.bundle.manifest.receiver, *(sharer.model for sharer in pipe.bundle.manifest.sharers)]
+    exact = not any(model.head_dim % 8 for model in models)
     with pipe.prefill(prompt, **options) as fresh:
         assert session.token_ids.tolist() == fresh.token_ids.tolist()
         assert session.position_ids.tolist() == fresh.position_ids.tolist()
         assert session.plan.sections == fresh.plan.sections
         for layer in range(pipe.bundle.manifest.receiver.num_layers):
             for found, expected in zip(session.kv(layer), fresh.kv(layer), strict=True):
-                np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
-        np.testing.assert_allclose(session.logits, fresh.logits, rtol=0, atol=1e-3)
+                np.testing.assert_allclose(found, expected, rtol=0, atol=0 if exact else 1e-4)
+        np.testing.assert_allclose(session.logits, fresh.logits, rtol=0, atol=0 if exact else 1e-3)
         assert session.generate(max_new_tokens=8, **GREEDY).token_ids == (
             fresh.generate(max_new_tokens=8, **GREEDY).token_ids
         )

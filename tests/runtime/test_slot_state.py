@@ -4,11 +4,11 @@ import itertools
 from dataclasses import dataclass
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runtime.prompt import ModelTokens
-from runtime.slot_state import FusedRows, SlotState, find_reuse, reusable_sharer_rows
+from runtime.slot_state import FusedRows, SlotState, Wide, find_reuse, reusable_sharer_rows
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def states(draw: st.DrawFn) -> SlotState:
 @given(states(), states(), st.data())
 def test_what_is_reused_is_what_would_be_computed(state: SlotState, target: SlotState, data: st.DataObject):
     kept = data.draw(st.sets(st.sampled_from(state.fused))) if state.fused else set()
-    reuse = find_reuse(state, target, kept)
+    reuse = find_reuse(state, target, Wide(), kept)
     unfused, final, sharers = values_of(state)
     wanted_unfused, wanted_final, wanted_sharers = values_of(target)
     assert reuse.num_rows < target.num_rows
@@ -97,7 +97,7 @@ def test_what_is_reused_is_what_would_be_computed(state: SlotState, target: Slot
 
 @given(states())
 def test_the_same_prompt_is_reused_but_for_its_last_row(state: SlotState):
-    reuse = find_reuse(state, state, state.fused)
+    reuse = find_reuse(state, state, Wide(), state.fused)
     assert reuse.num_rows == state.num_rows - 1
     assert reuse.num_sections == sum(section.stop < state.num_rows for section in state.fused)
     assert dict(reuse.sharer_rows) == {number: len(tokens.ids) for number, tokens in state.sharers.items()}
@@ -107,24 +107,106 @@ def tokens(*lengths: int) -> list[ModelTokens]:
     return [ModelTokens(np.arange(length), np.arange(length)) for length in lengths]
 
 
-@given(st.integers(2, 600), st.integers(2, 600))
-def test_rows_of_a_sharer_with_wide_heads_are_reused_where_their_blocks_are_alike(first: int, second: int):
-    held, wanted = tokens(first, second)
-    rows = reusable_sharer_rows(held, wanted, wide=True)
-    assert rows <= min(first, second) == reusable_sharer_rows(held, wanted, wide=False)
+def lengths_of_pieces(row: int, stop: int, head_size: int) -> list[int]:
+    """The pieces of ONNX Runtime's sums over a head, in a call that ends at row `stop`, with blocks of 64, 128 and 256.
 
-    def sums_are_cut(num_rows: int, row: int) -> bool:
-        start = row - row % 128
-        return min(num_rows - start, 128) > 64
+    128 by 128 numbers are taken at once, or fewer rows and longer pieces.
+    """
+    lengths = []
+    for size in (64, 128, 256):
+        num_rows = min(size, stop - (row - row % size))
+        room = next(room for room in (16, 32, 64, 128) if room >= min(num_rows, 128))
+        lengths.append(min(128 * 128 // room, head_size))
+    return lengths
+
+
+HEAD_SIZES = (192, 256, 512)
+
+
+@given(st.integers(2, 600), st.integers(2, 600), st.sampled_from(HEAD_SIZES))
+def test_rows_of_a_sharer_with_wide_heads_are_reused_where_their_blocks_are_alike(
+    first: int, second: int, head_size: int
+):
+    held, wanted = tokens(first, second)
+    rows = reusable_sharer_rows(held, wanted, head_size)
+    assert rows <= min(first, second) == reusable_sharer_rows(held, wanted, 0)
+
+    def depends_on(num_rows: int, row: int) -> tuple[list[int], bool]:
+        return lengths_of_pieces(row, num_rows, head_size), row == num_rows - 1 and num_rows % 16 == 1
 
     for row in range(rows):
-        assert sums_are_cut(first, row) == sums_are_cut(second, row)
-    if rows < min(first, second):  # no more could be
-        assert sums_are_cut(first, rows) != sums_are_cut(second, rows)
+        assert depends_on(first, row) == depends_on(second, row)
+    if rows < min(first, second) and head_size <= 256:  # no more could be
+        assert depends_on(first, rows) != depends_on(second, rows)
+
+
+@st.composite
+def two_long_states(draw: st.DrawFn) -> tuple[SlotState, SlotState]:
+    """Two that begin alike, with sections that stop about the bounds of blocks."""
+    bounds = st.sampled_from([2, 7, 15, 16, 17, 40, 63, 64, 65, 81, 127, 128, 129, 145, 161, 192, 193, 194, 256, 257])
+    common = draw(st.integers(1, 270))
+    cuts = draw(st.lists(bounds, min_size=0, max_size=2, unique=True))
+
+    def one(own: int) -> SlotState:
+        num_rows = draw(st.sampled_from([common + 1, common + 2])) + draw(st.integers(0, 140))
+        ends = sorted({*cuts, draw(bounds)} if draw(st.booleans()) else cuts)
+        ends = [end for end in ends if end <= num_rows]
+        fused = tuple(FusedRows(start, stop, stop) for start, stop in itertools.pairwise([0, *ends]))
+        last = ends[-1] if ends else 0
+        row = np.where(np.arange(num_rows) < common, 1, own)
+        sharers = {0: ModelTokens(row[:last], np.arange(last))} if fused else {}
+        return SlotState(ModelTokens(row, np.arange(num_rows)), sharers, fused, closing=draw(st.booleans()))
+
+    return one(2), one(3)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(two_long_states(), st.sampled_from(HEAD_SIZES), st.booleans())
+def test_with_wide_heads_rows_are_reused_that_any_cut_of_their_run_gives(
+    states: tuple[SlotState, SlotState], head_size: int, keeps_unfused: bool
+):
+    state, target = states
+    reuse = find_reuse(state, target, Wide(head_size), state.fused if keeps_unfused else ())
+    narrow = find_reuse(state, target, Wide(), state.fused if keeps_unfused else ())
+    assert reuse.num_sections == narrow.num_sections
+    assert reuse.num_rows <= narrow.num_rows
+
+    def run_of(row: int, state: SlotState) -> tuple[int, int]:
+        stops = [0, *(section.stop for section in state.fused), state.num_rows + state.closing]
+        return next(run for run in itertools.pairwise(stops) if run[0] <= row < run[1])
+
+    def depends_on(row: int, state: SlotState) -> tuple[list[int], bool]:
+        start, stop = run_of(row, state)
+        return lengths_of_pieces(row, stop, head_size), row == stop - 1 and (stop - start) % 16 == 1
+
+    for row in range(reuse.num_rows):
+        assert depends_on(row, state) == depends_on(row, target)
+    first, stop = run_of(reuse.num_rows, target)
+    if reuse.num_rows > first:  # the rest of the run is computed in one call
+        assert (stop - first) % 16 != 1
+        assert (stop - reuse.num_rows) % 16 != 1
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(2, 700), st.sampled_from(HEAD_SIZES))
+def test_with_wide_heads_the_same_prompt_is_reused_but_for_two_rows_or_not_at_all(num_rows: int, head_size: int):
+    state = SlotState(tokens(num_rows)[0])
+    assert find_reuse(state, state, Wide(head_size)).num_rows == (0 if num_rows % 16 == 1 else num_rows - 2)
+
+
+@given(states(), st.integers(1, 40), st.booleans())
+def test_rows_of_generated_tokens_are_not_reused(state: SlotState, num_generated: int, wide: bool):
+    grown = SlotState(state.receiver, state.sharers, state.fused, state.closing)
+    for index in range(num_generated):
+        grown.append(index, state.num_rows + index)
+    longer = np.append(grown.receiver.ids, 9), np.append(grown.receiver.position_ids, grown.num_rows)
+    target = SlotState(ModelTokens(*longer), state.sharers, state.fused)
+    models = Wide(256 if wide else 0)
+    assert find_reuse(grown, target, models, state.fused) == find_reuse(state, target, models, state.fused)
 
 
 @given(states())
 def test_nothing_is_reused_of_nothing(state: SlotState):
-    reuse = find_reuse(SlotState(), state)
+    reuse = find_reuse(SlotState(), state, Wide())
     assert (reuse.num_rows, reuse.num_sections) == (0, 0)
     assert not any(reuse.sharer_rows.values())

@@ -18,11 +18,6 @@ class Resumption:
         self._num_tokens = 0
         self._num_characters = 0
 
-    @property
-    def begun(self) -> bool:
-        """Whether anything was delivered."""
-        return bool(self._token_ids or self._text)
-
     def restart(self) -> None:
         """The answer is generated from its beginning again."""
         self._num_tokens = self._num_characters = 0
