@@ -336,12 +336,13 @@ def test_several_answers_are_begun_together_or_not_at_all(
     monkeypatch.setattr(served.app.state.service.metrics, "next_token", lambda _: release.wait(20))
     long: dict[str, Any] = CHAT | {"max_tokens": None, "ignore_eos": True, "stream": True}
     with served.http() as client, client.stream("POST", CHATS, json=long | {"n": 4}) as running:
-        next(running.iter_lines())
-        wait_until(lambda: engine.num_active + engine.num_waiting == 4)
+        lines = running.iter_lines()  # kept, as the client leaves when it is closed
+        next(lines)
+        wait_until(lambda: engine.num_requests == 4)
         # Of two slots and four that may wait, two are left.
         error = refused(client.post(CHATS, json=CHAT | {"n": 3}), 429)
         assert error["message"].startswith("3 answers are asked for, and 2 more may wait or be served now")
-        assert engine.num_active + engine.num_waiting == 4
+        assert engine.num_requests == 4
         release.set()
         assert client.post(CHATS, json=CHAT | {"n": 2}).status_code == 200
 
