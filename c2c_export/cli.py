@@ -560,7 +560,7 @@ def serve(
         _require("yaml", extra="ray")
     elif ray_layout is not None:
         raise UsageError("--ray-layout is of the configuration that --ray-config writes; give both, or neither")
-    from runtime.scheduler import SchedulerOptions
+    from runtime.scheduler_options import SchedulerOptions
     from runtime.server.serve import ServeOptions
     from runtime.server.serve import serve as run_server
     from runtime.server.settings import ServerSettings, keys_of_environment

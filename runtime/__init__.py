@@ -12,8 +12,8 @@ from runtime.messages import Message
 from runtime.pipeline import C2CPipeline
 from runtime.request import AbortedError, ClosedError, DeadlineError, QueueFullError, Request
 from runtime.sampling import SamplingParams
-from runtime.scheduler import SchedulerOptions
 from runtime.scheduler_observer import SchedulerObserver
+from runtime.scheduler_options import SchedulerOptions
 from runtime.score import Score
 from runtime.sections import UnfusedMessageWarning
 from runtime.session import Session

@@ -27,10 +27,11 @@ from runtime.active_request import Listener
 from runtime.admission import Place
 from runtime.generation import Chunk, Generation
 from runtime.pipeline import C2CPipeline
-from runtime.prompt import ModelTokens, Plan
+from runtime.prompt import ModelTokens
 from runtime.request import ClosedError, Request
-from runtime.scheduler import Scheduler, SchedulerOptions
+from runtime.scheduler import Scheduler
 from runtime.scheduler_observer import SchedulerObserver
+from runtime.scheduler_options import SchedulerOptions
 
 _log = logging.getLogger(__name__)
 _WAITING_FOR_OTHERS = 0.05
@@ -132,13 +133,9 @@ class AsyncC2CEngine:
         """What one token of the receiver says by itself."""
         return self._pipeline.tokenizer.decode([token_id], skip_special_tokens=False)
 
-    def plan(self, request: Request) -> Plan:
-        """What the request's prompt is to every model. Raises `UsageError` for one that cannot be served."""
-        return self._scheduler.plan(request)
-
     def sharer_tokens(self, request: Request) -> dict[int, ModelTokens]:
         """What each sharer that computes anything reads for a request, by its number: for `Request.sharer_rows`."""
-        return self._pipeline.prefiller.target(self._scheduler.plan(request)).sharers
+        return self._pipeline.prefiller.target(self._scheduler.planner.plan(request)).sharers
 
     def submit(self, request: Request, listener: Listener) -> None:
         """Take a request; `listener` gets its chunks, or its error, in the scheduler's thread, and must be quick.

@@ -12,63 +12,33 @@ One thread calls `step`; any thread may `submit` and `abort`. Not covered: that 
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from c2c_export.errors import C2CError, UsageError, reason_of
+from c2c_export.errors import C2CError, reason_of
 from runtime.active_request import ActiveRequest, Listener
 from runtime.admission import Admission, Place
-from runtime.conversation import Conversation
-from runtime.decode_ranges import StepSlot, decode_ranges
+from runtime.decode_step import decode_step
 from runtime.generation import Chunk
 from runtime.pipeline import C2CPipeline
 from runtime.prefill import Prefill
 from runtime.prefill_work import Piece
 from runtime.prefix_cache import PrefixCache
-from runtime.prompt import Plan
-from runtime.reply import Reply, generation_limit
 from runtime.request import AbortedError, DeadlineError, QueueFullError, Request
+from runtime.request_planner import RequestPlanner
 from runtime.row_keeper import RowKeeper
 from runtime.row_keeping import RowKeeping
-from runtime.sampling import Sampler
 from runtime.scheduler_observer import SchedulerObserver
+from runtime.scheduler_options import SchedulerOptions
 from runtime.stall_budget import StallBudget
 
 _log = logging.getLogger(__name__)
 _UNSTALLED_ROWS = 512
 _UNSTALLED_TIMES = 4
 """A piece when nobody is decoding is so many times what decoding may stall for, and has so many rows at most."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SchedulerOptions:
-    """Raises `UsageError`, naming the field, for a value out of range."""
-
-    max_waiting: int = 64
-    """Requests that may wait for a slot."""
-    max_stall: float = 0.2
-    """Seconds of prefilling between two decode steps, if the machine computes two rows in that time.
-
-    Receivers with heads wider than 128 take longer: each section of a prompt is one piece (`runtime.prefill_work`).
-    """
-    aging_seconds: float = 10.0
-    """Seconds of waiting that count as much as one level of priority."""
-    prefix_cache_bytes: int = 512 * 2**20
-    """Memory for rows of former prompts; 0 keeps none."""
-
-    def __post_init__(self) -> None:
-        for name in ("max_waiting", "prefix_cache_bytes"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise UsageError(f"{name}: {value!r} is not allowed; expected an integer, 0 or more")
-        for name in ("max_stall", "aging_seconds"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-                raise UsageError(f"{name}: {value!r} is not allowed; expected a number of seconds above 0")
 
 
 class Scheduler:
@@ -81,6 +51,7 @@ class Scheduler:
         options = options or SchedulerOptions()
         self._observer = observer or SchedulerObserver()
         self._pipeline = pipeline
+        self.planner = RequestPlanner(pipeline)
         self.prefix_cache = PrefixCache(pipeline.prefiller, options.prefix_cache_bytes)
         self.num_slots = len(pipeline.take_all_slots())
         self._admission = Admission(self.num_slots, options.max_waiting, options.aging_seconds)
@@ -117,12 +88,6 @@ class Scheduler:
         """Whether any request waits or is served."""
         return bool(self._admission.num_requests)
 
-    def plan(self, request: Request) -> Plan:
-        """What a request's prompt is to every model. Raises `UsageError`."""
-        conversation = Conversation.of(request.prompt)
-        sharers = self._pipeline.select_sharers(request.fuse, request.sharers)
-        return self._pipeline.make_plan(conversation.messages, conversation.ids, sharers)
-
     def reserve(self, request: Request) -> Place:
         """A place in the queue, at once. Raises what `Admission.reserve` raises."""
         try:
@@ -148,26 +113,12 @@ class Scheduler:
         try:
             if not self._admission.holds(place):
                 raise AbortedError("the request was aborted")
-            active = self._planned(request, listener, place.since)
+            active = self.planner.take(request, listener, place.since)
             num_waiting = self._admission.enqueue(place, active)
         except BaseException:
             self._admission.drop(place)
             raise
         self._observe(self._observer.queued, num_waiting)
-
-    def _planned(self, request: Request, listener: Listener, since: float) -> ActiveRequest:
-        began = time.perf_counter()
-        plan = self.plan(request)
-        num_rows, capacity = len(plan.receiver.ids), self._pipeline.bundle.manifest.max_length
-        wanted, room = request.max_new_tokens, capacity - num_rows + 1
-        if request.shorten and wanted is not None and wanted > room:
-            wanted = None
-        limit = generation_limit(wanted, num_rows, room, capacity)
-        stop_ids = () if request.ignore_eos else self._pipeline.bundle.manifest.stop_ids
-        reply = Reply(self._pipeline.tokenizer, limit=limit, stop_ids=stop_ids, stop=request.stop)
-        active = ActiveRequest(request, plan, reply, Sampler(request.sampling), listener, submitted=since)
-        active.planning_seconds = time.perf_counter() - began
-        return active
 
     def abort(self, request_id: str) -> bool:
         """End a request with an `AbortedError` before anything else is computed; whether there was one."""
@@ -323,35 +274,17 @@ class Scheduler:
         """One step of every request that generates."""
         if not self._decoding:
             return False
-        by_slot = {active.slot: active for active in self._decoding}
-        wanted = {
-            slot: StepSlot(active.reply.token_ids[-1], active.next_position, active.state.num_rows)
-            for slot, active in by_slot.items()
-        }
-        # What lies between them is computed too: into rows that nothing has been written to yet.
         spare = dict.fromkeys(self._admission.free_slots, 0) | self._keeping.left_slots
         spare |= {active.slot: active.prefill.num_rows if active.prefill else 0 for active in self._prefilling}
-        receiver = self._pipeline.receiver
-        for slots, step in decode_ranges(wanted, spare, receiver.capacity, self._max_batch):
-            served = [by_slot[slot] for slot in slots if slot in by_slot]
-            try:
-                receiver.run_step(
-                    [token.token_id for token in step],
-                    [token.position_id for token in step],
-                    [token.row for token in step],
-                    slots.start,
-                )
-                logits = receiver.step_logits(len(slots))
-            except Exception as error:
-                for active in served:
-                    self._fail(active, _own(error, "a decode step"))
+        for active, logits in decode_step(self._pipeline.receiver, self._decoding, spare, self._max_batch):
+            if isinstance(logits, Exception):
+                self._fail(active, _own(logits, "a decode step"))
                 continue
-            for active in served:
-                active.state.append(active.reply.token_ids[-1], active.next_position)
-                active.next_position += 1
-                before = active.last_token_at
-                if self._take_token(active, logits[active.slot - slots.start]):
-                    self._observe(self._observer.next_token, active.last_token_at - before)
+            active.state.append(active.reply.token_ids[-1], active.next_position)
+            active.next_position += 1
+            before = active.last_token_at
+            if self._take_token(active, logits):
+                self._observe(self._observer.next_token, active.last_token_at - before)
         return True
 
     def _take_token(self, active: ActiveRequest, logits: NDArray[np.float32]) -> bool:

@@ -187,6 +187,9 @@ class OrtCpuEngine(OrtEngine):
         options.intra_op_num_threads = session_threads(num_threads)
         # Products with integer weights become MatMulNBits, which by default would round the activations to int8 too.
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+        # An arena and a plan of its use by shape save no time, and hold for good what the longest prompt needed once.
+        options.enable_cpu_mem_arena = False
+        options.enable_mem_pattern = False
         # Else this session's threads would spin on for tens of milliseconds on the cores that the next one computes on.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         providers = ["CPUExecutionProvider"]

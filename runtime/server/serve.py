@@ -22,7 +22,7 @@ from fastapi import FastAPI
 
 from c2c_export.errors import C2CError, UsageError
 from runtime.async_engine import AsyncC2CEngine
-from runtime.scheduler import SchedulerOptions
+from runtime.scheduler_options import SchedulerOptions
 from runtime.server.app import begin_closing, create_app
 from runtime.server.logs import LEVELS, log_as_json
 from runtime.server.metrics import ServerMetrics

@@ -188,14 +188,14 @@ def test_an_aborted_request_ends_with_an_error_wherever_it_is(run: Callable[...,
 
 def hold_planning(engine: AsyncC2CEngine, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
     """Two events: a prompt is being planned; and, to be set, the engine goes on with it."""
-    planning, go_on, plan = threading.Event(), threading.Event(), engine._scheduler.plan
+    planning, go_on, plan = threading.Event(), threading.Event(), engine._scheduler.planner.plan
 
     def held(request: Request) -> Plan:
         planning.set()
         go_on.wait()
         return plan(request)
 
-    monkeypatch.setattr(engine._scheduler, "plan", held)
+    monkeypatch.setattr(engine._scheduler.planner, "plan", held)
     return planning, go_on
 
 
@@ -324,7 +324,7 @@ def test_text_and_tokens_are_the_receivers(
         assert "".join(engine.token_text(token) for token in ids).strip() == "Hello there"
         wanted = engine.sharer_tokens(Request(prompt=QUESTION))
         assert list(wanted) == [0]
-        assert len(wanted[0].ids) <= len(engine.plan(Request(prompt=QUESTION)).sharers[0].ids)
+        assert len(wanted[0].ids) <= len(engine._scheduler.planner.plan(Request(prompt=QUESTION)).sharers[0].ids)
 
     run(scenario)
 

@@ -278,7 +278,7 @@ def test_a_request_that_begins_as_another_is_not_prefilled_again(name: str, pipe
     scheduler = Scheduler(pipelines(name), None, watcher)
     for request, right in zip(requests, expected, strict=True):
         assert_same_answer(name, finish(scheduler, [request])[0], right)
-    shared = len(scheduler.plan(replace(requests[0], prompt=few_shot[:2])).receiver.ids) // 2
+    shared = len(scheduler.planner.plan(replace(requests[0], prompt=few_shot[:2])).receiver.ids) // 2
     assert watcher.reused[0] == 0
     assert min(watcher.reused[1:]) > shared
     # A further turn goes on from the turn before it.
@@ -287,7 +287,7 @@ def test_a_request_that_begins_as_another_is_not_prefilled_again(name: str, pipe
     request = Request(prompt=turn, max_new_tokens=4, ignore_eos=True, logprobs=5)
     right = alone(pipelines(name), request)
     assert_same_answer(name, finish(scheduler, [request])[0], right)
-    assert watcher.reused[-1] > len(scheduler.plan(requests[0]).receiver.ids) - 10
+    assert watcher.reused[-1] > len(scheduler.planner.plan(requests[0]).receiver.ids) - 10
 
 
 @every(UNALIGNED)
@@ -407,7 +407,7 @@ def test_rows_of_sharers_that_were_computed_elsewhere_give_the_same_answer(name:
     pipe = pipelines(name)
     request = Request(prompt=[SYSTEM, {"role": "user", "content": QUESTIONS[1]}], max_new_tokens=6, logprobs=5)
     expected = alone(pipe, request)
-    plan = Scheduler(pipelines(name)).plan(request)
+    plan = Scheduler(pipelines(name)).planner.plan(request)
     wanted = pipe.prefiller.target(plan).sharers
     promised: dict[int, Future[SharerRows]] = {number: Future() for number in wanted}
     scheduler = Scheduler(pipelines(name), SchedulerOptions(prefix_cache_bytes=0))
@@ -436,7 +436,7 @@ def test_rows_of_another_prompt_and_a_failed_sharer_end_the_request_and_no_other
     pipe = pipelines(name)
     request = Request(prompt=QUESTIONS[1], max_new_tokens=3)
     scheduler = Scheduler(pipe)
-    wanted = pipe.prefiller.target(scheduler.plan(replace(request, prompt=QUESTIONS[2]))).sharers[0]
+    wanted = pipe.prefiller.target(scheduler.planner.plan(replace(request, prompt=QUESTIONS[2]))).sharers[0]
     pool = pipe.prefiller.sharers[0].pool
     wrong: Future[SharerRows] = Future()
     wrong.set_result(SharerRows(0, wanted, pool.take_rows(pool.names, 0, 0, len(wanted.ids))))
@@ -463,7 +463,7 @@ def test_rows_that_were_handed_over_are_not_taken_for_more_than_they_are(name: s
     expected = alone(pipe, further)
     scheduler = Scheduler(pipelines(name))
     handed_over: dict[int, Future[SharerRows]] = {}
-    for number, tokens in pipe.prefiller.target(scheduler.plan(first)).sharers.items():
+    for number, tokens in pipe.prefiller.target(scheduler.planner.plan(first)).sharers.items():
         sharer = pipe.prefiller.sharers[number]
         sharer.run(3, tokens.ids, tokens.position_ids, 0)
         fuser = pipe.bundle.manifest.sharers[number].fuser_graph
@@ -560,15 +560,15 @@ def test_an_id_may_come_again_while_its_first_request_is_planned(
     watcher, first, second = Watcher(), Outcome(), Outcome()
     scheduler = Scheduler(pipelines(name), None, watcher)
     request = Request(prompt="Hi", max_new_tokens=3, ignore_eos=True, request_id="same")
-    place, plan = scheduler.reserve(request), scheduler.plan
+    place, plan = scheduler.reserve(request), scheduler.planner.plan
 
     def plan_while_it_comes_again(planned: Request) -> Any:
-        monkeypatch.setattr(scheduler, "plan", plan)
+        monkeypatch.setattr(scheduler.planner, "plan", plan)
         scheduler.give_up(place)
         scheduler.submit(request, second)
         return plan(planned)
 
-    monkeypatch.setattr(scheduler, "plan", plan_while_it_comes_again)
+    monkeypatch.setattr(scheduler.planner, "plan", plan_while_it_comes_again)
     with pytest.raises(AbortedError):
         scheduler.submit(request, first, place)
     drive(scheduler)
@@ -633,7 +633,7 @@ def test_requests_go_on_while_another_prompt_is_put_back_and_kept(name: str, pip
         tokens += 1
         assert len(running.chunks) == tokens, "a step without a token"
     # Two rows at a time of the receiver, and as many of the sharer.
-    num_rows = len(scheduler.plan(Request(prompt=prompt)).receiver.ids)
+    num_rows = len(scheduler.planner.plan(Request(prompt=prompt)).receiver.ids)
     assert tokens > num_rows
     drive(scheduler)
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from c2c_export.bundle import read_manifest
 from c2c_export.errors import C2CError, UsageError
 from engines.select import AUTO
-from runtime.scheduler import SchedulerOptions
+from runtime.scheduler_options import SchedulerOptions
 from runtime.server.settings import API_KEYS, ServerSettings, keys_of_environment
 
 Layout = Literal["whole", "disaggregated"]

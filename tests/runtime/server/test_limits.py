@@ -18,7 +18,7 @@ from served import Served, refused, served_here, wait_until
 
 from runtime import C2CPipeline, UsageError
 from runtime.async_engine import AsyncC2CEngine
-from runtime.scheduler import SchedulerOptions
+from runtime.scheduler_options import SchedulerOptions
 from runtime.server import limits
 from runtime.server.app import create_app
 from runtime.server.metrics import ServerMetrics

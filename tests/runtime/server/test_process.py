@@ -183,7 +183,7 @@ def test_when_the_engine_fails_for_good_the_process_ends_with_an_error(bundle: P
     engine = AsyncC2CEngine.from_bundle(bundle, num_slots=1, num_threads=1, allow_unchecked=True)
 
     def fail() -> bool:
-        if not engine._scheduler._live:
+        if not engine._scheduler._admission.every():
             return False  # it is to fail in the midst of a request
         raise RuntimeError("the driver is gone")
 

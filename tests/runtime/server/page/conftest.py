@@ -16,7 +16,7 @@ from playwright.sync_api import Browser
 from served import PacedMetrics, Served, served_here, wait_until
 
 from runtime.async_engine import AsyncC2CEngine
-from runtime.scheduler import SchedulerOptions
+from runtime.scheduler_options import SchedulerOptions
 
 PAIR = "two_sharers_parallel"
 OpenPage = Callable[..., ChatPage]

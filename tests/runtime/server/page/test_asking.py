@@ -186,7 +186,7 @@ def test_timelines_show_the_times_that_the_server_measured(
         chat.send("Which country is Dresden in?", LONGEST)
         engine = server.engine
         assert engine is not None
-        wait_until(lambda: len(engine._scheduler._queue) == 2)  # planned, too
+        wait_until(lambda: engine._scheduler._admission.num_queued == 2)  # planned, too
         time.sleep(0.2)
         release()
         chat.wait_for_answers()
