@@ -1,13 +1,15 @@
 """A request that a scheduler has taken: planned, and in one of its stages until it ends."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.generation import Chunk, Generation, Timings, TokenLogprob
+from runtime.kept_rows import SharerRows
 from runtime.logprobs import token_logprob
 from runtime.prefill import Prefill, PrefillTimings
 from runtime.prompt import Plan
@@ -34,6 +36,8 @@ class ActiveRequest:
     """Of the time since `submitted`: what planning took, without the wait for its turn."""
     aborted: bool = False
 
+    sharer_rows: Mapping[int, "Future[SharerRows]"] = field(default_factory=dict)
+    """Of sharers that read the prompt elsewhere."""
     slot: int = -1
     started: float = 0.0
     """When it got its slot."""

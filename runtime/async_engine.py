@@ -27,7 +27,6 @@ from runtime.active_request import Listener
 from runtime.admission import Place
 from runtime.generation import Chunk, Generation
 from runtime.pipeline import C2CPipeline
-from runtime.prompt import ModelTokens
 from runtime.request import ClosedError, Request
 from runtime.scheduler import Scheduler
 from runtime.scheduler_observer import SchedulerObserver
@@ -133,10 +132,6 @@ class AsyncC2CEngine:
         """What one token of the receiver says by itself."""
         return self._pipeline.tokenizer.decode([token_id], skip_special_tokens=False)
 
-    def sharer_tokens(self, request: Request) -> dict[int, ModelTokens]:
-        """What each sharer that computes anything reads for a request, by its number: for `Request.sharer_rows`."""
-        return self._pipeline.prefiller.target(self._scheduler.planner.plan(request)).sharers
-
     def submit(self, request: Request, listener: Listener) -> None:
         """Take a request; `listener` gets its chunks, or its error, in the scheduler's thread, and must be quick.
 
@@ -155,7 +150,8 @@ class AsyncC2CEngine:
 
     def _submit(self, request: Request, listener: Listener, place: Place) -> None:
         self._scheduler.submit(request, listener, place)
-        for rows in request.sharer_rows.values():
+        assert place.active is not None
+        for rows in place.active.sharer_rows.values():
             rows.add_done_callback(lambda _: self._wake.set())
         self._wake.set()
         if self._ended:  # between the two

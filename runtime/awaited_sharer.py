@@ -32,5 +32,5 @@ class AwaitedSharer(Engine):
 
     def _refuse(self) -> NoReturn:
         raise C2CError(
-            f"sharer {self._number} is not loaded (load_sharers=False); give its rows with the request, as sharer_rows"
+            f"sharer {self._number} is not loaded (load_sharers=False); say in the request who reads, as read_sharers"
         )

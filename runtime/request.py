@@ -6,15 +6,18 @@ is served (`runtime.request_queue`, `runtime.scheduler`).
 
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from c2c_export.errors import C2CError, UsageError
 from runtime.conversation import Prompt
 from runtime.kept_rows import SharerRows
+from runtime.prompt import ModelTokens
 from runtime.sampling import SamplingParams
 
+ReadSharers = Callable[[Mapping[int, ModelTokens]], Mapping[int, "Future[SharerRows]"]]
+"""Given what sharers are to read, by number: a future of the rows of each that reads it elsewhere."""
 MAX_ALTERNATIVES = 20
 """Of `Request.logprobs`."""
 _PRIORITIES = range(-100, 101)
@@ -77,8 +80,11 @@ class Request:
     client: str = ""
     """Whom the request is for: clients of one priority take turns."""
     request_id: str = field(default_factory=new_request_id)
-    sharer_rows: Mapping[int, "Future[SharerRows]"] = field(default_factory=dict)
-    """Rows of these sharers are computed elsewhere, for exactly this prompt, and awaited rather than computed."""
+    read_sharers: ReadSharers | None = None
+    """Lets sharers read the prompt elsewhere: their rows are awaited rather than computed here.
+
+    It is called once, by the thread that plans the prompt, with what each sharer that computes anything reads.
+    """
 
     def __post_init__(self) -> None:
         for name in ("fuse", "shorten", "ignore_eos"):
@@ -87,10 +93,8 @@ class Request:
         wanted = self.max_new_tokens
         if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1):
             raise UsageError(f"max_new_tokens: {wanted!r} is not allowed; expected an integer of at least 1, or None")
-        if not isinstance(self.sharer_rows, Mapping) or not all(
-            isinstance(rows, Future) for rows in self.sharer_rows.values()
-        ):
-            raise UsageError(f"sharer_rows: {self.sharer_rows!r} is not allowed; expected futures by sharer's number")
+        if self.read_sharers is not None and not callable(self.read_sharers):
+            raise UsageError(f"read_sharers: {self.read_sharers!r} is not allowed; expected a function")
         if self.logprobs is not None:
             _check_count("logprobs", self.logprobs, range(MAX_ALTERNATIVES + 1))
         _check_count("priority", self.priority, _PRIORITIES)

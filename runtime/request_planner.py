@@ -27,7 +27,10 @@ class RequestPlanner:
         return self._pipeline.make_plan(conversation.messages, conversation.ids, sharers)
 
     def take(self, request: Request, listener: Listener, since: float) -> ActiveRequest:
-        """A request that was asked for at `since`, planned. Raises `UsageError` for one that cannot be served."""
+        """A request that was asked for at `since`, planned; sharers elsewhere begin to read it.
+
+        Raises `UsageError` for one that cannot be served, and what its `read_sharers` raises.
+        """
         began = time.perf_counter()
         plan = self.plan(request)
         num_rows, capacity = len(plan.receiver.ids), self._pipeline.bundle.manifest.max_length
@@ -38,5 +41,7 @@ class RequestPlanner:
         stop_ids = () if request.ignore_eos else self._pipeline.bundle.manifest.stop_ids
         reply = Reply(self._pipeline.tokenizer, limit=limit, stop_ids=stop_ids, stop=request.stop)
         active = ActiveRequest(request, plan, reply, Sampler(request.sampling), listener, submitted=since)
+        if request.read_sharers is not None:
+            active.sharer_rows = request.read_sharers(self._pipeline.prefiller.target(plan).sharers)
         active.planning_seconds = time.perf_counter() - began
         return active

@@ -200,7 +200,7 @@ class Scheduler:
             reuse,
             begun_with=kept,
             keep_rows=keep_rows,
-            sharer_rows=active.request.sharer_rows,
+            sharer_rows=active.sharer_rows,
         )
         return active.prefill
 

@@ -1,7 +1,7 @@
 """`SharerEngine`: one sharer of a bundle by itself, without receiver and fuser, for a process or machine of its own.
 
-In: the tokens that the sharer reads (`AsyncC2CEngine.sharer_tokens` of a request). Out: the rows of its caches that the
-fuser reads, for `Request.sharer_rows`. They are those that the whole pipeline computes, bit for bit. Not covered:
+In: the tokens that the sharer reads, as `Request.read_sharers` gets them. Out: the rows of its caches that the fuser
+reads. They are those that the whole pipeline computes, bit for bit. Not covered:
 planning a prompt, and bringing rows to another process.
 """
 

@@ -374,8 +374,7 @@ def test_what_cannot_be_served_is_refused_at_once(name: str, pipelines: Pipeline
         ({"fuse": "no"}, "fuse"),
         ({"shorten": None}, "shorten"),
         ({"ignore_eos": 1}, "ignore_eos"),
-        ({"sharer_rows": None}, "sharer_rows"),
-        ({"sharer_rows": {0: "rows"}}, "sharer_rows"),
+        ({"read_sharers": {0: "rows"}}, "read_sharers"),
     ):
         with pytest.raises(UsageError, match=field_name):
             Request(prompt="Hi", **options)  # type: ignore[arg-type]
@@ -412,7 +411,7 @@ def test_rows_of_sharers_that_were_computed_elsewhere_give_the_same_answer(name:
     promised: dict[int, Future[SharerRows]] = {number: Future() for number in wanted}
     scheduler = Scheduler(pipelines(name), SchedulerOptions(prefix_cache_bytes=0))
     waiting, other = Outcome(), Outcome()
-    scheduler.submit(replace(request, sharer_rows=promised), waiting)
+    scheduler.submit(replace(request, read_sharers=lambda _: promised), waiting)
     while scheduler.step():
         pass
     assert scheduler.has_requests  # it waits, and the receiver's part is done
@@ -443,8 +442,8 @@ def test_rows_of_another_prompt_and_a_failed_sharer_end_the_request_and_no_other
     failed: Future[SharerRows] = Future()
     failed.set_exception(RuntimeError("the node is gone"))
     outcomes = [Outcome() for _ in range(3)]
-    scheduler.submit(replace(request, sharer_rows={0: wrong}, request_id="wrong"), outcomes[0])
-    scheduler.submit(replace(request, sharer_rows={0: failed}, request_id="failed"), outcomes[1])
+    scheduler.submit(replace(request, read_sharers=lambda _: {0: wrong}, request_id="wrong"), outcomes[0])
+    scheduler.submit(replace(request, read_sharers=lambda _: {0: failed}, request_id="failed"), outcomes[1])
     scheduler.submit(request, outcomes[2])
     drive(scheduler)
     assert "not those of this prompt" in str(outcomes[0].errors[0])
@@ -474,7 +473,7 @@ def test_rows_that_were_handed_over_are_not_taken_for_more_than_they_are(name: s
         sharer.clear_rows(3, len(tokens.ids))
         handed_over[number] = Future()
         handed_over[number].set_result(rows)
-    finish(scheduler, [replace(first, sharer_rows=handed_over)])
+    finish(scheduler, [replace(first, read_sharers=lambda _: handed_over)])
     assert_same_answer(name, finish(scheduler, [further])[0], expected)
 
 

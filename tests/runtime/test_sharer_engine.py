@@ -3,9 +3,9 @@
 import asyncio
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +71,19 @@ def test_rows_are_those_of_the_whole_pipeline_bit_for_bit(
             assert_same_bits(rows, SharerRows(number, tokens, expected))
 
 
+@dataclass
+class Promised:
+    """Takes what sharers are to read, and gives futures that others keep."""
+
+    futures: dict[int, "Future[SharerRows]"]
+    asked: dict[int, ModelTokens] = field(default_factory=dict)
+
+    def __call__(self, tokens: Mapping[int, ModelTokens]) -> dict[int, "Future[SharerRows]"]:
+        assert not self.asked, "asked twice"
+        self.asked.update(tokens)
+        return self.futures
+
+
 @every_kind
 def test_an_engine_without_sharers_answers_from_rows_that_come_later(
     name: str, recorded_bundle: BundleOf, recorded_pipeline: PipelineOf
@@ -83,15 +96,15 @@ def test_an_engine_without_sharers_answers_from_rows_that_come_later(
         found = []
         async with engine_without_sharers(bundle) as engine:
             for prompt in ([QUESTION], CHAT):  # the second reuses what the first left
-                request = Request(prompt=prompt, max_new_tokens=12, ignore_eos=True)
-                tokens = engine.sharer_tokens(request)
-                futures: dict[int, Future[SharerRows]] = {number: Future() for number in tokens}
-                generation = asyncio.create_task(engine.generate(replace(request, sharer_rows=futures)))
+                promised = Promised({number: Future() for number in sharers})
+                request = Request(prompt=prompt, max_new_tokens=12, ignore_eos=True, read_sharers=promised)
+                generation = asyncio.create_task(engine.generate(request))
                 await asyncio.sleep(0.1)
                 assert not generation.done()
-                for number, future in futures.items():
-                    rows = await asyncio.to_thread(sharers[number].prefill, tokens[number])
-                    future.set_result(read_only(rows))
+                assert promised.asked.keys() == sharers.keys()
+                for number, tokens in promised.asked.items():
+                    rows = await asyncio.to_thread(sharers[number].prefill, tokens)
+                    promised.futures[number].set_result(read_only(rows))
                 found.append((await generation).token_ids)
         return found
 
@@ -112,7 +125,7 @@ def read_only(rows: SharerRows) -> SharerRows:
 def test_an_engine_without_sharers_refuses_a_request_without_their_rows(name: str, recorded_bundle: BundleOf):
     async def ask() -> None:
         async with engine_without_sharers(recorded_bundle(name)) as engine:
-            with pytest.raises(C2CError, match=r"sharer 0 is not loaded .*sharer_rows"):
+            with pytest.raises(C2CError, match=r"sharer 0 is not loaded .*read_sharers"):
                 await engine.generate(Request(prompt=CHAT, max_new_tokens=2))
             alone = await engine.generate(Request(prompt=CHAT, max_new_tokens=2, fuse=False, ignore_eos=True))
             assert len(alone.token_ids) == 2

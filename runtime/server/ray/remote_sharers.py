@@ -2,7 +2,7 @@
 
 In: what each sharer reads of a prompt. Out: for each a future of its rows, whose arrays lie in the node's object store:
 read-only and, where the sharer's replica is on the same node, never copied on the way. A replica that dies is replaced
-by another one. Not covered: what becomes of the rows (`Request.sharer_rows`).
+by another one. Not covered: what becomes of the rows (`runtime.prefill`).
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from ray.serve.handle import DeploymentHandle
 
 from runtime.kept_rows import SharerRows
 from runtime.prompt import ModelTokens
-from runtime.request import AbortedError
+from runtime.request import AbortedError, ReadSharers
 from runtime.server.ray.replica_calls import LostReplicas, ReplicaLostError, own_error
 
 
@@ -32,18 +32,28 @@ class RemoteSharers:
         return tuple(self._handles)
 
     @asynccontextmanager
-    async def reading(
-        self, tokens: Mapping[int, ModelTokens], key: str
-    ) -> AsyncIterator[dict[int, "Future[SharerRows]"]]:
-        """Let the sharers read `tokens`, which belong to the conversation `key`, at once; give it up on the way out.
+    async def reading(self, key: str) -> AsyncIterator[ReadSharers]:
+        """For `Request.read_sharers` of a request of the conversation `key`; reading is given up on the way out.
 
-        A future raises `C2CError` where its sharer fails, or so many replicas are lost that it is given up.
+        It may be called from any thread. A future raises `C2CError` where its sharer fails, or so many replicas are
+        lost that it is given up.
         """
-        futures: dict[int, Future[SharerRows]] = {number: Future() for number in tokens}
-        tasks = [asyncio.create_task(self._read(number, tokens[number], key, futures[number])) for number in tokens]
+        loop, tasks, given_up = asyncio.get_running_loop(), list[asyncio.Task[None]](), False
+
+        def read(tokens: Mapping[int, ModelTokens]) -> dict[int, "Future[SharerRows]"]:
+            futures: dict[int, Future[SharerRows]] = {number: Future() for number in tokens}
+
+            def begin() -> None:
+                if not given_up:
+                    tasks.extend(loop.create_task(self._read(n, tokens[n], key, futures[n])) for n in tokens)
+
+            loop.call_soon_threadsafe(begin)
+            return futures
+
         try:
-            yield futures
+            yield read
         finally:
+            given_up = True
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)

@@ -83,9 +83,8 @@ class PipelineReplica:
         if not self._sharers.numbers:
             yield request
             return
-        tokens = await asyncio.to_thread(self._engine.sharer_tokens, request)
-        async with self._sharers.reading(tokens, key) as rows:
-            yield replace(request, sharer_rows=rows)
+        async with self._sharers.reading(key) as read_sharers:
+            yield replace(request, read_sharers=read_sharers)
 
 
 class SharerReplica:
