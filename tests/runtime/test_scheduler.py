@@ -431,6 +431,28 @@ def test_rows_of_sharers_that_were_computed_elsewhere_give_the_same_answer(name:
 
 
 @every(ALIGNED)
+def test_sharers_elsewhere_read_nothing_for_a_request_that_is_refused(name: str, pipelines: PipelineOf):
+    scheduler, asked = Scheduler(pipelines(name), SchedulerOptions(max_waiting=0)), list[object]()
+
+    def read_sharers(tokens: object) -> Any:
+        asked.append(tokens)
+        raise RuntimeError("no network")
+
+    places = [scheduler.reserve(Request(prompt="Hi")) for _ in range(4)]
+    request = Request(prompt=QUESTIONS[1], read_sharers=read_sharers)
+    with pytest.raises(QueueFullError):
+        scheduler.submit(request, Outcome())
+    assert not asked
+    scheduler.give_up(places[0])
+    with pytest.raises(RuntimeError, match="no network"):
+        scheduler.submit(request, Outcome())
+    assert len(asked) == 1
+    for place in places:
+        scheduler.give_up(place)
+    assert not scheduler.has_requests
+
+
+@every(ALIGNED)
 def test_rows_of_another_prompt_and_a_failed_sharer_end_the_request_and_no_other(name: str, pipelines: PipelineOf):
     pipe = pipelines(name)
     request = Request(prompt=QUESTIONS[1], max_new_tokens=3)
