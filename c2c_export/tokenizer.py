@@ -24,6 +24,8 @@ TOKENIZER_NAME = "tokenizer.json"
 SPECIAL_TOKENS_NAME = "special_tokens.json"
 CHAT_TEMPLATE_NAME = "chat_template.jinja"
 
+_LONG = 10_000
+"""Characters from which on encoding takes milliseconds."""
 # What transformers' clean_up_tokenization undoes, in its order.
 _SPACED_OUT = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 
@@ -81,7 +83,10 @@ class BundledTokenizer:
 
     def encode(self, text: str) -> TokenizedText:
         """Token ids and character offsets of `text`. No special token is added; those written in it are recognised."""
-        encoding = self.backend.encode(text, add_special_tokens=False)
+        if len(text) < _LONG:
+            encoding = self.backend.encode(text, add_special_tokens=False)
+        else:  # which lets other threads of Python go on meanwhile
+            encoding = self.backend.encode_batch([text], add_special_tokens=False)[0]
         return TokenizedText(encoding.ids, encoding.offsets)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:

@@ -11,8 +11,8 @@ import threading
 import time
 from dataclasses import dataclass
 
-from c2c_export.errors import UsageError
-from runtime.active_request import ActiveRequest
+from c2c_export.errors import C2CError, UsageError
+from runtime.active_request import ActiveRequest, Listener
 from runtime.request import AbortedError, QueueFullError, Request
 from runtime.request_queue import RequestQueue
 
@@ -24,8 +24,22 @@ class Place:
     request: Request
     since: float
     """When it was asked for, by `time.perf_counter`."""
+    listener: Listener | None = None
+    """Hears at once that the place was let go of, not only when the prompt is planned."""
     active: ActiveRequest | None = None
     """The request itself, once it is planned and waits."""
+    error: C2CError | None = None
+    """Why the place was let go of, where that was not its request's own wish."""
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the request's deadline has passed."""
+        deadline = self.request.deadline
+        return deadline is not None and time.perf_counter() - self.since > deadline
+
+    def lost(self) -> C2CError:
+        """What a request ends with whose place was let go of."""
+        return self.error or AbortedError("the request was aborted")
 
 
 class Admission:
@@ -70,8 +84,8 @@ class Admission:
         """Slots that nobody has."""
         return tuple(self._free_slots)
 
-    def reserve(self, request: Request) -> Place:
-        """A place, at once; the request's time runs from now on.
+    def reserve(self, request: Request, listener: Listener | None = None) -> Place:
+        """A place, at once; the request's time runs from now on. `listener` is the place's.
 
         Raises `QueueFullError` where no more may wait (as many as there are unserved slots hardly do, and do not
         count), and `UsageError` where another request has its id.
@@ -85,7 +99,7 @@ class Admission:
                 raise QueueFullError(
                     f"{num_waiting} requests wait already, as many as may; try again in some seconds", retry_after
                 )
-            place = Place(request, time.perf_counter())
+            place = Place(request, time.perf_counter(), listener)
             self._planned_places[request.request_id] = place
             return place
 
@@ -98,17 +112,31 @@ class Admission:
         with self._lock:
             return self._take_back(place)
 
-    def drop_id(self, request_id: str) -> bool:
-        """Let go of the place of a request that is being planned; whether there was one."""
+    def drop_id(self, request_id: str) -> Place | None:
+        """Let go of the place of a request that is being planned, if there is one."""
         with self._lock:
-            place = self._planned_places.get(request_id)
-            return place is not None and self._take_back(place)
+            return self._planned_places.pop(request_id, None)
+
+    def drop_all(self) -> list[Place]:
+        """Let go of every place; gives those."""
+        with self._lock:
+            places = list(self._planned_places.values())
+            self._planned_places.clear()
+            return places
+
+    def drop_overdue(self) -> list[Place]:
+        """Let go of the places of requests whose deadline has passed; gives those."""
+        with self._lock:
+            places = [place for place in self._planned_places.values() if place.overdue]
+            for place in places:
+                self._take_back(place)
+            return places
 
     def enqueue(self, place: Place, active: ActiveRequest) -> int:
-        """Let a planned request wait; returns how many do. Raises `AbortedError` where its place was let go of."""
+        """Let a planned request wait; returns how many do. Raises `Place.lost` where its place was let go of."""
         with self._lock:
             if not self._take_back(place):
-                raise AbortedError("the request was aborted")
+                raise place.lost()
             self._queue.put(active)
             self._live[active.request.request_id] = active
             place.active = active

@@ -18,6 +18,7 @@ import time
 import weakref
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Self
 
 from c2c_export.bundle import Bundle
@@ -59,7 +60,7 @@ class AsyncC2CEngine:
         self._thread = threading.Thread(target=self._serve, name="c2c-scheduler", daemon=True)
         self._thread.start()
         # A process that ends while a graph runs would be aborted, whatever its own status.
-        atexit.register(_close_at_exit, weakref.ref(self))
+        self._at_exit = atexit.register(partial(_close_at_exit, weakref.ref(self)))
 
     @classmethod
     def from_bundle(
@@ -120,6 +121,11 @@ class AsyncC2CEngine:
         return self._scheduler.num_requests
 
     @property
+    def num_free_slots(self) -> int:
+        """Slots that hold neither a request nor a prompt that is still being copied for others."""
+        return self._scheduler.num_free_slots
+
+    @property
     def ready(self) -> bool:
         """Whether requests are taken: it is neither closing nor broken."""
         return not (self._closing or self._ended) and self._failure is None
@@ -141,12 +147,14 @@ class AsyncC2CEngine:
         """
         self._submit(request, listener, self._reserve(request))
 
-    def _reserve(self, request: Request) -> Place:
+    def _reserve(self, request: Request, listener: Listener | None = None) -> Place:
         if self._failure is not None:
             raise C2CError(self._failure)
         if self._closing or self._ended:
             raise ClosedError("the engine is closing and takes no more requests")
-        return self._scheduler.reserve(request)
+        place = self._scheduler.reserve(request, listener)
+        self._wake.set()  # its deadline may come before it is planned
+        return place
 
     def _submit(self, request: Request, listener: Listener, place: Place) -> None:
         self._scheduler.submit(request, listener, place)
@@ -188,21 +196,26 @@ class AsyncC2CEngine:
         """
         loop = asyncio.get_running_loop()
         events: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
-        place = self._reserve(request)
 
         def listen(event: Chunk | Exception) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(events.put_nowait, event)
 
-        try:
+        place = self._reserve(request, listen)
+
+        def plan() -> None:
             try:
-                planned = loop.run_in_executor(self._planners, self._submit, request, listen, place)
-            except RuntimeError as error:  # it was shut down since
-                raise ClosedError("the engine closed before the request was begun") from error
-            await planned
-        except BaseException:
+                self._submit(request, listen, place)
+            except Exception as error:
+                listen(error)
+            except BaseException as error:  # a panic of a library's Rust code
+                listen(C2CError(f"the prompt cannot be planned: {reason_of(error)}"))
+
+        try:
+            self._planners.submit(plan)
+        except RuntimeError as error:  # it was shut down since
             self._give_up(place)
-            raise
+            raise ClosedError("the engine closed before the request was begun") from error
         ended = False
         try:
             while not ended:
@@ -235,7 +248,8 @@ class AsyncC2CEngine:
 
     def _join(self) -> None:
         self._thread.join()
-        self._planners.shutdown(wait=True, cancel_futures=True)
+        atexit.unregister(self._at_exit)
+        self._planners.shutdown(wait=True)  # what waits to be planned ends at once, as its place is gone
 
     def _begin_closing(self, drain_seconds: float | None) -> None:
         if drain_seconds is not None:
@@ -254,11 +268,12 @@ class AsyncC2CEngine:
     def _serve(self) -> None:
         """Run the scheduler until the engine is closed and nothing is left to do."""
         try:
-            while not (self._closing and not self._scheduler.has_requests):
-                self._wake.clear()
+            while True:
+                self._wake.clear()  # before it is looked at what there is to do, so that no waking is lost
+                if self._closing and not self._scheduler.has_requests:
+                    break
                 if self._give_up_at is not None and time.perf_counter() >= self._give_up_at:
                     self._scheduler.end_all(lambda: ClosedError("the engine closed before the request was done"))
-                    self._wake.wait(_WAITING_FOR_OTHERS)  # for what is still being planned
                 elif not self._scheduler.step():
                     self._wake.wait(_WAITING_FOR_OTHERS if self._scheduler.has_requests else None)
         except BaseException as error:  # a panic of a library's Rust code is no Exception

@@ -180,9 +180,11 @@ class C2CPipeline:
 
     def release_slot(self, slot: int, state: SlotState) -> None:
         """Make a session's slot, which holds `state`, free for another; sessions do it themselves."""
-        if not self.prefiller.is_finite(slot, state):  # some engines add masked rows, times zero
-            self.prefiller.clear(slot, state)
-        self._free_slots.append(slot)
+        try:
+            if not self.prefiller.is_finite(slot, state):  # some engines add masked rows, times zero
+                self.prefiller.clear(slot, state)
+        finally:
+            self._free_slots.append(slot)
 
     def make_plan(self, messages: list[Message] | None, ids: Sequence[int], sharers: tuple[int, ...]) -> Plan:
         """The plan for messages, or for ids when `messages` is None; `UsageError` when it exceeds the capacity."""

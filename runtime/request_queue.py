@@ -5,7 +5,7 @@ has waited, is the highest: a low priority waits longer, and not for ever. Withi
 one that sends a hundred requests delays another's first by one of its own, and a newcomer does not go before those that
 wait for their turn; a client's requests are served as they came.
 
-Not thread-safe: the scheduler holds its lock.
+Not thread-safe: `runtime.admission` holds its lock.
 """
 
 import time
@@ -41,8 +41,9 @@ class RequestQueue:
         now = self._clock()
         oldest: dict[int, float] = {}
         for active in self._waiting:
-            oldest.setdefault(active.request.priority, active.submitted)
-        priority = max(oldest, key=lambda level: (level + (now - oldest[level]) / self._aging_seconds, level))
+            level = active.request.priority
+            oldest[level] = min(oldest.get(level, active.submitted), active.submitted)
+        priority = max(oldest, key=lambda rank: (rank + (now - oldest[rank]) / self._aging_seconds, rank))
         first_of_client: dict[str, ActiveRequest] = {}
         for active in self._waiting:
             if active.request.priority == priority:

@@ -88,10 +88,13 @@ class Scheduler:
         """Whether any request waits or is served."""
         return bool(self._admission.num_requests)
 
-    def reserve(self, request: Request) -> Place:
-        """A place in the queue, at once. Raises what `Admission.reserve` raises."""
+    def reserve(self, request: Request, listener: Listener | None = None) -> Place:
+        """A place in the queue, at once. Raises what `Admission.reserve` raises.
+
+        `listener` hears the error of a request that ends before it is planned; whoever plans it may get it later too.
+        """
         try:
-            return self._admission.reserve(request)
+            return self._admission.reserve(request, listener)
         except QueueFullError:
             self._observe(self._observer.refused)
             raise
@@ -107,12 +110,12 @@ class Scheduler:
         """Plan a request in this thread and let it wait for a slot. `listener` is called by the thread of `step`.
 
         `place` is what `reserve` gave, else it is asked for here. Raises what `reserve` raises, `UsageError` for a
-        request that cannot be served, and `AbortedError` where the place was given up meanwhile.
+        request that cannot be served, and `AbortedError`, `DeadlineError` or `ClosedError` where it ended meanwhile.
         """
         place = place or self.reserve(request)
         try:
             if not self._admission.holds(place):
-                raise AbortedError("the request was aborted")
+                raise place.lost()
             active = self.planner.take(request, listener, place.since)
             num_waiting = self._admission.enqueue(place, active)
         except BaseException:
@@ -122,8 +125,9 @@ class Scheduler:
 
     def abort(self, request_id: str) -> bool:
         """End a request with an `AbortedError` before anything else is computed; whether there was one."""
-        if self._admission.drop_id(request_id):  # whoever plans it hears of it when that is done
-            self._observe(self._observer.failed, AbortedError("the request was aborted"))
+        place = self._admission.drop_id(request_id)
+        if place is not None:
+            self._lose(place, AbortedError("the request was aborted"))
             return True
         active = self._admission.find(request_id)
         if active is None:
@@ -132,10 +136,12 @@ class Scheduler:
         return True
 
     def end_all(self, make_error: Callable[[], C2CError]) -> None:
-        """End every planned request, each with an error of its own.
+        """End every request, each with an error of its own.
 
         Called by the thread of `step`, or when it steps no more.
         """
+        for place in self._admission.drop_all():
+            self._lose(place, make_error())
         for active in self._admission.every():
             self._fail(active, make_error())
 
@@ -151,13 +157,23 @@ class Scheduler:
             return True
         return False
 
+    def _lose(self, place: Place, error: C2CError) -> None:
+        """End the request of a place that was let go of."""
+        place.error = error
+        self._observe(self._observer.failed, error)
+        if place.listener is not None:
+            place.listener(error)
+
     def _end_unwanted(self) -> bool:
-        ended = False
+        overdue = self._admission.drop_overdue()
+        for place in overdue:
+            self._lose(place, _overdue(place.request))
+        ended = bool(overdue)
         for active in self._admission.every():
             if active.aborted:
                 self._fail(active, AbortedError("the request was aborted"))
             elif active.overdue:
-                self._fail(active, DeadlineError(f"the request was not done within {active.request.deadline:g} s"))
+                self._fail(active, _overdue(active.request))
             else:
                 continue
             ended = True
@@ -358,6 +374,10 @@ class Scheduler:
 
 def _ignore(event: Chunk | Exception) -> None:
     """In place of a listener that failed."""
+
+
+def _overdue(request: Request) -> DeadlineError:
+    return DeadlineError(f"the request was not done within {request.deadline:g} s")
 
 
 def _own(error: Exception, what: str) -> C2CError:

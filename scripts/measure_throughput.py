@@ -106,6 +106,10 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="Runs that medians are taken of, after one more.")
     arguments = parser.parse_args()
     arguments.prompt_tokens = arguments.prompt_tokens or [128, 512]
+    for name in ("prompt_tokens", "active", "new_tokens", "repeats"):
+        value = getattr(arguments, name)
+        if any(count < 1 for count in (value if isinstance(value, list) else [value or 1])) or value == 0:
+            parser.error(f"--{name.replace('_', '-')}: expected integers of at least 1")
     arguments.active = sorted({1, *(arguments.active or [8])})
     engine = AsyncC2CEngine.from_bundle(
         arguments.bundle,

@@ -7,34 +7,32 @@ packed too. The system reads a page again when it is needed.
 """
 
 import ctypes
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-_SMAPS = Path("/proc/self/smaps")  # https://docs.kernel.org/filesystems/proc.html
-_MAPPING = re.compile(
-    r"^(?P<start>[0-9a-f]+)-(?P<stop>[0-9a-f]+) \S+ \S+ \S+ \d+ +(?P<path>/.*)\n(?:\w+: .*\n)*?Anonymous: +0 kB$",
-    re.MULTILINE,
-)
-"""A mapped file of which nothing was written to: pages that were would be lost."""
-_MADV_DONTNEED = 4  # of Linux; Python has it for mappings of its own
+_MAPS = Path("/proc/self/maps")  # https://docs.kernel.org/filesystems/proc.html
+_MADV_PAGEOUT = 21  # of Linux 5.4 and later
 
 
 def let_go_of_mapped_weights(folder: Path) -> None:
     """Drop the resident pages of the files in `folder` that this process has mapped; nothing where that is not Linux.
 
-    `madvise(MADV_DONTNEED)` of a mapped file loses nothing: https://man7.org/linux/man-pages/man2/madvise.2.html.
+    Whatever lies at the addresses by then, nothing is lost: `madvise(MADV_PAGEOUT)` writes out what is not on disk, and
+    leaves what other processes have mapped too (https://man7.org/linux/man-pages/man2/madvise.2.html). A kernel or
+    file that it is not allowed for keeps its pages.
     """
     if sys.platform != "linux":
         return
     madvise = ctypes.CDLL(None).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    for start, stop in _unwritten_mappings(folder.resolve()):
-        madvise(start, stop - start, _MADV_DONTNEED)
+    for start, stop in _mappings(folder.resolve()):
+        madvise(start, stop - start, _MADV_PAGEOUT)
 
 
-def _unwritten_mappings(folder: Path) -> Iterator[tuple[int, int]]:
-    for found in _MAPPING.finditer(_SMAPS.read_text(errors="surrogateescape")):
-        if Path(found["path"]).parent == folder:
-            yield int(found["start"], 16), int(found["stop"], 16)
+def _mappings(folder: Path) -> Iterator[tuple[int, int]]:
+    for line in _MAPS.read_text(errors="surrogateescape").splitlines():
+        addresses, _, _, _, _, *path = line.split(None, 5)
+        if path and Path(path[0]).parent == folder:
+            start, stop = addresses.split("-")
+            yield int(start, 16), int(stop, 16)

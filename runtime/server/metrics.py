@@ -96,7 +96,7 @@ class ServerMetrics(HttpMetrics, SchedulerObserver):
         # So that rates are right from the first request on.
         for outcome in ("stop", "length", "failed", *_OUTCOMES.values()):
             self._requests.labels(outcome)
-        for state in ("decoding", "prefilling", "free"):
+        for state in ("decoding", "prefilling", "copying", "free"):
             self._slots.labels(state)
         self._num_decoding = 0
 
@@ -153,4 +153,6 @@ class ServerMetrics(HttpMetrics, SchedulerObserver):
         decoding = min(self._num_decoding, active)
         self._slots.labels("decoding").set(decoding)
         self._slots.labels("prefilling").set(active - decoding)
-        self._slots.labels("free").set(engine.num_slots - active)
+        free = engine.num_free_slots
+        self._slots.labels("free").set(free)
+        self._slots.labels("copying").set(max(0, engine.num_slots - active - free))

@@ -25,6 +25,10 @@ class ServedEngine(Protocol):
         """Requests that are served at once."""
 
     @property
+    def num_free_slots(self) -> int:
+        """Slots that nothing holds."""
+
+    @property
     def num_requests(self) -> int:
         """Requests that are served or wait, counted at one moment."""
 

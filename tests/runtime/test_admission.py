@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from c2c_export.errors import UsageError
-from runtime import AbortedError, QueueFullError, Request
+from runtime import AbortedError, DeadlineError, QueueFullError, Request
 from runtime.active_request import ActiveRequest
 from runtime.admission import Admission, Place
 
@@ -70,13 +70,24 @@ def test_an_id_that_comes_again_is_another_request():
 def test_a_place_is_let_go_of_by_its_id():
     desk = admission()
     place = desk.reserve(Request(prompt="Hi", request_id="planned"))
-    assert desk.drop_id("planned")
-    assert not desk.drop_id("planned")
+    assert desk.drop_id("planned") is place
+    assert desk.drop_id("planned") is None
     assert not desk.holds(place)
     assert not desk.num_requests
     active = taken(desk, "served")
-    assert not desk.drop_id("served")
+    assert desk.drop_id("served") is None
     assert desk.find("served") is active
+
+
+def test_places_are_let_go_of_all_at_once_or_when_they_are_overdue():
+    desk = admission(max_waiting=5)
+    patient, hurried = (desk.reserve(Request(prompt="Hi", deadline=deadline)) for deadline in (100.0, 1e-9))
+    assert desk.drop_overdue() == [hurried]
+    hurried.error = DeadlineError("late")
+    with pytest.raises(DeadlineError):
+        desk.enqueue(hurried, planned(hurried))
+    assert desk.drop_all() == [patient]
+    assert not desk.num_requests
 
 
 def test_as_many_may_wait_as_there_are_slots_to_come_and_some_more():

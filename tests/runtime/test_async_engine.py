@@ -19,6 +19,7 @@ from runtime import (
     AsyncC2CEngine,
     C2CPipeline,
     ClosedError,
+    DeadlineError,
     QueueFullError,
     Request,
     SamplingParams,
@@ -214,6 +215,62 @@ def test_abort_reaches_a_request_that_is_still_planned(
         for task in tasks:
             with pytest.raises(AbortedError):
                 await task
+
+    run(scenario)
+
+
+def test_a_deadline_ends_a_request_that_waits_to_be_planned(
+    run: Callable[..., AsyncC2CEngine], monkeypatch: pytest.MonkeyPatch
+):
+    async def scenario(engine: AsyncC2CEngine) -> None:
+        planning, go_on = hold_planning(engine, monkeypatch)
+        first = asyncio.create_task(engine.generate(Request(prompt="Hi", max_new_tokens=2)))
+        await asyncio.to_thread(planning.wait)
+        with pytest.raises(DeadlineError):  # while the first prompt is still being planned
+            await engine.generate(Request(prompt="Hi", deadline=0.01))
+        assert engine.num_requests == 1
+        go_on.set()
+        assert (await first).token_ids
+
+    run(scenario)
+
+
+def test_closing_is_not_missed_by_a_thread_that_is_about_to_wait(
+    run: Callable[..., AsyncC2CEngine], monkeypatch: pytest.MonkeyPatch
+):
+    async def scenario(engine: AsyncC2CEngine) -> None:
+        clear = engine._wake.clear
+
+        def close_just_before() -> None:
+            monkeypatch.undo()
+            engine._begin_closing(None)
+            clear()
+
+        monkeypatch.setattr(engine._wake, "clear", close_just_before)
+        engine._wake.set()
+        await asyncio.wait_for(asyncio.to_thread(engine._thread.join), 30)
+
+    run(scenario)
+
+
+def test_what_waits_to_be_planned_when_the_engine_fails_gets_its_error(
+    run: Callable[..., AsyncC2CEngine], monkeypatch: pytest.MonkeyPatch
+):
+    async def scenario(engine: AsyncC2CEngine) -> None:
+        planning, go_on = hold_planning(engine, monkeypatch)
+        tasks = [asyncio.create_task(engine.generate(Request(prompt="Hi"))) for _ in range(3)]
+        await asyncio.to_thread(planning.wait)
+
+        def fail() -> bool:
+            raise RuntimeError("the driver is gone")
+
+        monkeypatch.setattr(engine._scheduler, "step", fail)
+        engine._wake.set()
+        for task in tasks:
+            with pytest.raises(C2CError, match="the driver is gone"):
+                await asyncio.wait_for(task, 30)
+        go_on.set()
+        await engine.close()
 
     run(scenario)
 

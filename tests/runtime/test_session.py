@@ -348,6 +348,7 @@ def test_a_session_that_overflowed_leaves_no_nan_to_the_next(name: str, recorded
         pool.put_rows(slot, 140, {cache: np.full_like(values, np.nan) for cache, values in rows.items()})
         with pytest.raises(C2CError, match="nan"):
             session.generate(max_new_tokens=2, **GREEDY)
+    assert all(np.isfinite(rows).all() for rows in pool.take_rows(pool.names, slot, 0, 152).values())
     with pipe.prefill(IDS) as session:
         assert session.slot == slot
         assert session.generate(max_new_tokens=8, **GREEDY).token_ids == expected

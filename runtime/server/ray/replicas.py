@@ -57,16 +57,25 @@ class PipelineReplica:
         """What this replica runs."""
         return ReplicaFacts(self._engine.engine_choice, self._engine.num_slots)
 
-    async def generate(self, request: Request, key: str) -> Generation:
-        """As `AsyncC2CEngine.generate`; `key` is that of the request's conversation."""
-        async with self._with_sharers(request, key) as ready:
-            return await self._engine.generate(ready)
+    async def generate(self, request: Request, key: str) -> Generation | C2CError:
+        """As `AsyncC2CEngine.generate`, with its errors as values; `key` is that of the request's conversation.
 
-    async def stream(self, request: Request, key: str) -> AsyncGenerator[Chunk, None]:
-        """As `AsyncC2CEngine.stream`; `key` is that of the request's conversation."""
-        async with self._with_sharers(request, key) as ready, aclosing(self._engine.stream(ready)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        Serve logs what is raised, with its message, which may quote a prompt.
+        """
+        try:
+            async with self._with_sharers(request, key) as ready:
+                return await self._engine.generate(ready)
+        except C2CError as error:
+            return error
+
+    async def stream(self, request: Request, key: str) -> AsyncGenerator[Chunk | C2CError, None]:
+        """As `AsyncC2CEngine.stream`, with an error as the last value; `key` as that of `generate`."""
+        try:
+            async with self._with_sharers(request, key) as ready, aclosing(self._engine.stream(ready)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
+        except C2CError as error:
+            yield error
 
     def check_health(self) -> None:
         """Serve calls this now and then, and replaces a replica where it raises."""

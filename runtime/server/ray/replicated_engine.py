@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from ray.serve.handle import DeploymentHandle
 
 from c2c_export.bundle import Bundle
-from c2c_export.errors import UsageError
+from c2c_export.errors import C2CError, UsageError
 from engines.select import EngineChoice
 from runtime.bundle_planner import BundlePlanner
 from runtime.generation import Chunk, Generation
@@ -74,6 +74,11 @@ class ReplicatedEngine:
     def num_active(self) -> int:
         """Requests that came this way and are not done, those that wait in a replica included."""
         return len(self._calls)
+
+    @property
+    def num_free_slots(self) -> int:
+        """Always 0: which slots are free, their replicas know."""
+        return 0
 
     @property
     def num_requests(self) -> int:
@@ -250,10 +255,14 @@ class _Call:
 
 
 async def _result(awaitable: Awaitable[_T], deployment: str) -> _T:
+    """What a call gives, of which an error is raised (`PipelineReplica.generate`)."""
     try:
-        return await awaitable
+        result = await awaitable
     except Exception as error:
         raise own_error(error, deployment) from error
+    if isinstance(result, C2CError):
+        raise own_error(result, deployment)
+    return result
 
 
 def _repeatable(request: Request) -> Request:

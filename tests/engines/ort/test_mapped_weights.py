@@ -1,8 +1,10 @@
 """Pages of mapped weights leave memory, which is seen in /proc/self/smaps, and their contents stay."""
 
 import mmap
+import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +22,8 @@ def mapped(path: Path, **how: int) -> Iterator[mmap.mmap]:
     """The file's memory, all of it resident."""
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(CONTENT)
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())  # what is not on disk yet stays
     with path.open("r+b") as file, mmap.mmap(file.fileno(), 0, **how) as memory:
         assert memory[:] == CONTENT
         assert resident_kib(path) == len(CONTENT) >> 10
@@ -60,3 +64,29 @@ def test_what_was_written_stays(tmp_path: Path):
         memory[:3] = b"new"
         let_go_of_mapped_weights(tmp_path / "folder")
         assert memory[:3] == b"new"
+
+
+LOADS_AT_ONCE = """
+import sys, threading
+from runtime import C2CPipeline
+
+def load_and_answer():
+    for _ in range(8):
+        pipe = C2CPipeline.from_bundle(sys.argv[1], num_threads=1, num_slots=1, allow_unchecked=True)
+        answers.add(tuple(pipe.generate("Hi", max_new_tokens=4, ignore_eos=True).token_ids))
+
+answers = set()
+threads = [threading.Thread(target=load_and_answer) for _ in range(2)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+print(len(answers))
+"""
+
+
+@pytest.mark.xdist_group("qwen3_from_llama_aligned")
+def test_loading_in_one_thread_harms_nothing_of_another(recorded_bundle: Callable[[str], Path]):
+    command = [sys.executable, "-c", LOADS_AT_ONCE, str(recorded_bundle("qwen3_from_llama_aligned"))]
+    done = subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
