@@ -134,7 +134,7 @@ def main(arguments: list[str] | None = None) -> int:
         before, rounds = server.held(), list[Round]()
         for number in range(options.rounds):
             console.print(f"Round {number + 1} of {options.rounds}: {len(cases)} requests, {options.at_once} at once …")
-            rounds.append(asyncio.run(send_all(server, cases, expected, options.at_once)))
+            rounds.append(asyncio.run(send_all(server, cases, expected, options.at_once, before)))
     Console().print(table_of(before, rounds))
     if options.json:
         found = {"before": asdict(before), "rounds": [asdict(one) for one in rounds]}
@@ -260,10 +260,9 @@ class Server:
         return Held(int(values["VmRSS"]) / 1e3, int(values["Threads"]), files)
 
 
-async def send_all(server: Server, cases: list[Case], expected: dict[Case, str], at_once: int) -> Round:
-    """Send every case, and wait until the server is idle again."""
+async def send_all(server: Server, cases: list[Case], expected: dict[Case, str], at_once: int, idle: Held) -> Round:
+    """Send every case, and wait until the server is idle again; `idle` is what it held when it was so."""
     found, places, before = Round(), asyncio.Semaphore(at_once), server.metrics()
-    files_before = server.held().open_files
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=600) as client:
         model = (await client.models.list()).data[0].id
 
@@ -293,7 +292,7 @@ async def send_all(server: Server, cases: list[Case], expected: dict[Case, str],
         await asyncio.sleep(0.1)
     found.generated_tokens = int(metrics["c2c_generated_tokens_total"] - before["c2c_generated_tokens_total"])
     found.reused_tokens = int(metrics["c2c_reused_tokens_total"] - before["c2c_reused_tokens_total"])
-    while server.held().open_files > files_before and time.monotonic() < deadline:
+    while server.held().open_files > idle.open_files and time.monotonic() < deadline:
         await asyncio.sleep(0.1)  # connections that the client has closed
     found.held = server.held()
     return found
