@@ -57,8 +57,7 @@ class ActiveRequest:
     @property
     def overdue(self) -> bool:
         """Whether its deadline has passed."""
-        deadline = self.request.deadline
-        return deadline is not None and time.perf_counter() - self.submitted > deadline
+        return self.request.is_overdue(self.submitted)
 
     def take_token(self, logits: NDArray[np.float32]) -> Chunk:
         """Choose the next token by its logits [V]. Raises `C2CError` where they are not finite."""

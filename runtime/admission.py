@@ -31,12 +31,6 @@ class Place:
     error: C2CError | None = None
     """Why the place was let go of, where that was not its request's own wish."""
 
-    @property
-    def overdue(self) -> bool:
-        """Whether the request's deadline has passed."""
-        deadline = self.request.deadline
-        return deadline is not None and time.perf_counter() - self.since > deadline
-
     def lost(self) -> C2CError:
         """What a request ends with whose place was let go of."""
         return self.error or AbortedError("the request was aborted")
@@ -127,7 +121,7 @@ class Admission:
     def drop_overdue(self) -> list[Place]:
         """Let go of the places of requests whose deadline has passed; gives those."""
         with self._lock:
-            places = [place for place in self._planned_places.values() if place.overdue]
+            places = [place for place in self._planned_places.values() if place.request.is_overdue(place.since)]
             for place in places:
                 self._take_back(place)
             return places

@@ -81,10 +81,15 @@ class Prefiller:
         return prefill
 
     def clear(self, slot: int, state: SlotState) -> None:
-        """Write zeros into a slot that holds `state`, and into the row behind it, which a step may have written."""
-        self.receiver.clear_rows(slot, min(state.num_rows + 1, self.receiver.capacity))
-        for number, tokens in state.sharers.items():
-            self.sharers[number].clear_rows(slot, len(tokens.ids))
+        """Write zeros into a slot that holds `state`: rows that are masked must be finite (`Decoder.clear_rows`)."""
+        self.clear_rows(slot, state.num_rows, {number: len(tokens.ids) for number, tokens in state.sharers.items()})
+
+    def clear_rows(self, slot: int, num_rows: int, sharer_rows: Mapping[int, int]) -> None:
+        """Write zeros into so many rows of the receiver and of each sharer."""
+        # One more, which a decode step may have written.
+        self.receiver.clear_rows(slot, min(num_rows + 1, self.receiver.capacity))
+        for number, num_sharer_rows in sharer_rows.items():
+            self.sharers[number].clear_rows(slot, num_sharer_rows)
 
     def is_finite(self, slot: int, state: SlotState) -> bool:
         """Whether all rows of a slot that holds `state` are: the last one is not where one before it is not."""
@@ -228,11 +233,7 @@ class Prefill:
 
     def clear(self) -> None:
         """Write zeros into what was written so far: rows that are masked must be finite (`Decoder.clear_rows`)."""
-        for number, num_rows in self._written_sharer_rows.items():
-            self._prefiller.sharers[number].clear_rows(self._slot, num_rows)
-        receiver = self._prefiller.receiver
-        # One more, which a decode step of the neighbours may have written.
-        receiver.clear_rows(self._slot, min(self._written_rows + 1, receiver.capacity))
+        self._prefiller.clear_rows(self._slot, self._written_rows, self._written_sharer_rows)
 
     def _note_written(self, piece: Piece) -> None:
         match piece:

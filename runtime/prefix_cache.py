@@ -82,20 +82,20 @@ class PrefixCache:
             if reuse.num_rows >= _WORTHWHILE_ROWS and _worth(reuse) > _worth(best_reuse):
                 best, best_reuse = kept, reuse
         if best is not None:
-            self._remove(best)
-            self._put(best)
+            self._put(best, self._remove(best))
         return best, best_reuse
 
     def add(self, kept: KeptRows) -> None:
         """Keep a prompt, in place of those that are its beginning; what is used least goes where it does not fit."""
         if kept.num_bytes > self._max_bytes - self._num_set_aside:
             return
-        for old in self._alike(_beginnings(kept.state)):
+        beginnings = _beginnings(kept.state)
+        for old in self._alike(beginnings):
             covered = find_reuse(kept.state, old.state, self._prefiller.wide, kept.unfused)
             own = self._own_reuse(old.state, old.unfused)
             if covered.num_rows >= own.num_rows and covered.sharer_rows == own.sharer_rows:
                 self._remove(old)
-        self._put(kept)
+        self._put(kept, beginnings)
         self._shrink()
 
     def _shrink(self) -> None:
@@ -118,19 +118,22 @@ class PrefixCache:
                         return list(found)
         return list(found)
 
-    def _put(self, kept: KeptRows) -> None:
-        beginnings = self._kept[kept] = _beginnings(kept.state)
+    def _put(self, kept: KeptRows, beginnings: list[int]) -> None:
+        self._kept[kept] = beginnings
         for beginning in beginnings:
             self._by_beginning.setdefault(beginning, {})[kept] = None
         self.num_bytes += kept.num_bytes
 
-    def _remove(self, kept: KeptRows) -> None:
-        for beginning in self._kept.pop(kept):
+    def _remove(self, kept: KeptRows) -> list[int]:
+        """Keep it no more; gives its beginnings."""
+        beginnings = self._kept.pop(kept)
+        for beginning in beginnings:
             alike = self._by_beginning[beginning]
             del alike[kept]
             if not alike:
                 del self._by_beginning[beginning]
         self.num_bytes -= kept.num_bytes
+        return beginnings
 
 
 def _beginnings(state: SlotState) -> list[int]:

@@ -5,6 +5,7 @@ is served (`runtime.request_queue`, `runtime.scheduler`).
 """
 
 import math
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -109,6 +110,10 @@ class Request:
             and 0 < self.deadline < math.inf
         ):
             raise UsageError(f"deadline: {self.deadline!r} is not allowed; expected a number of seconds above 0")
+
+    def is_overdue(self, since: float) -> bool:
+        """Whether its deadline has passed, if it was asked for at `since`, by `time.perf_counter`."""
+        return self.deadline is not None and time.perf_counter() - since > self.deadline
 
 
 def _check_count(name: str, value: object, allowed: range) -> None:

@@ -102,7 +102,7 @@ class Scheduler:
     def give_up(self, place: Place) -> None:
         """Abort the request of a place, whether it is planned yet or not; nothing where it has ended."""
         if self._admission.drop(place):
-            self._observe(self._observer.failed, AbortedError("the request was aborted"))
+            self._observe(self._observer.failed, place.lost())
         elif place.active is not None:
             place.active.aborted = True
 
@@ -127,7 +127,7 @@ class Scheduler:
         """End a request with an `AbortedError` before anything else is computed; whether there was one."""
         place = self._admission.drop_id(request_id)
         if place is not None:
-            self._lose(place, AbortedError("the request was aborted"))
+            self._lose(place, place.lost())
             return True
         active = self._admission.find(request_id)
         if active is None:
